@@ -1,0 +1,5 @@
+"""Wan2.1 video generation, written to be measured.
+
+Importing this package imports nothing else; `wan21.config` and `wan21.shapes` need no torch, so that a
+program that only plans runs can ask them.
+"""

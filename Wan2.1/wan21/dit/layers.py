@@ -1,0 +1,241 @@
+"""The parts of a DiT block.
+
+Letters: B videos, L tokens, S prompt tokens, D model width, N heads, K head width, M feed-forward width.
+
+Number formats follow what upstream computes under bfloat16 autocast (docs/parity.md): the residual stream, norms,
+modulation and gates are float32; linear layers and attention run in the module's compute dtype.
+
+All per-token work goes over the tokens in rows of at most ROWS and adds into the residual in place, so no temporary
+but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.nn import functional
+
+from wan21.attention import attend
+from wan21.config import DitConfig
+from wan21.rope import rotate
+
+ROWS = 8192
+"""Tokens handled at once. Large enough that a GPU's matrix products run at full rate, small beside 32,760 or 75,600."""
+
+
+def row_slices(num_rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` rows; one slice of all of them where gradients are kept."""
+    if torch.is_grad_enabled():
+        size = num_rows
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def by_rows(rows: slice, produce: Callable[[slice], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """What `produce` gives for these rows, worked out ROWS at a time and written into whole tensors.
+
+    Memory: the results, and one chunk of each.
+    """
+    wholes: tuple[torch.Tensor, ...] | None = None
+    num_rows = rows.stop - rows.start
+    for part in row_slices(num_rows, ROWS):
+        chunks = produce(slice(rows.start + part.start, rows.start + part.stop))
+        if part.stop - part.start == num_rows:
+            return chunks
+        if wholes is None:
+            wholes = tuple(chunk.new_empty(chunk.shape[0], num_rows, *chunk.shape[2:]) for chunk in chunks)
+        for whole, chunk in zip(wholes, chunks, strict=True):
+            whole[:, part] = chunk
+    if wholes is None:
+        raise ValueError(f"rows={rows} is empty")
+    return wholes
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the timestep does to one branch; each [B or 1, 1, D], float32."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the whole width, before the split into heads.
+
+    Normalised in float32, rounded to the input's dtype, then multiplied by a float32 weight.
+
+    Reference: arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] of any dtype to [B, L, D], float32."""
+        normed = functional.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer norm without weights, computed in float32 and rounded to x's dtype: [B, L, D]."""
+    return F.layer_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+
+
+def modulated(x: torch.Tensor, modulation: Modulation, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """The normed residual, scaled and shifted in float32, then rounded to the compute dtype: [B, L, D]."""
+    return torch.addcmul(modulation.shift, layer_norm(x, eps), 1 + modulation.scale).to(dtype)
+
+
+def add_branch(
+    residual: torch.Tensor, rows: slice, branch: torch.Tensor, gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The residual with a branch, times its gate, added to some rows; in place unless gradients are kept.
+
+    Args:
+        residual: [B, L, D], float32.
+        rows: which tokens the branch speaks of; all of them where gradients are kept.
+        branch: [B, rows, D] in the compute dtype.
+        gate: [B or 1, 1, D], float32.
+
+    Returns:
+        The residual, [B, L, D].
+    """
+    if torch.is_grad_enabled():
+        return residual + (branch if gate is None else branch * gate)
+    if gate is None:
+        residual[:, rows].add_(branch)
+    else:
+        residual[:, rows].addcmul_(branch, gate)
+    return residual
+
+
+class SelfAttention(nn.Module):
+    """Attention of the video's tokens to each other, with rotary positions."""
+
+    def __init__(self, config: DitConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.eps = config.eps
+        dim = config.dim
+        self.q = nn.Linear(dim, dim, dtype=dtype)
+        self.k = nn.Linear(dim, dim, dtype=dtype)
+        self.v = nn.Linear(dim, dim, dtype=dtype)
+        self.o = nn.Linear(dim, dim, dtype=dtype)
+        self.norm_q = RmsNorm(dim, config.eps)
+        self.norm_k = RmsNorm(dim, config.eps)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # [B, L, N, K]
+
+    def _rotated(self, projected: torch.Tensor, norm: RmsNorm, turns: torch.Tensor) -> torch.Tensor:
+        return rotate(self._heads(norm(projected)), turns).to(projected.dtype)
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        entry: torch.Tensor,
+        modulation: Modulation,
+        turns: torch.Tensor,
+        query_slices: int,
+    ) -> torch.Tensor:
+        """The residual with this branch added.
+
+        Keys and values of all tokens come first. With one slice the queries are kept too; with more, each slice of
+        queries is formed, attends, and is added to the residual before the next one begins. A token's normed input
+        depends on its own residual only, so adding early changes nothing.
+
+        Args:
+            residual: [B, L, D], float32; written to.
+            entry: what the norm reads: the residual itself, or in the first block the tokens in the compute dtype.
+            modulation: shift, scale and gate of this branch.
+            turns: rotary positions, [L, 1, K/2], complex64.
+            query_slices: into how many slices the queries are cut.
+
+        Returns:
+            [B, L, D], float32.
+
+        Memory: keys, values and one slice of queries and of outputs, [B, L, D] each in the compute dtype.
+        """
+        num_rows = residual.shape[1]
+        whole = query_slices == 1
+
+        def project(rows: slice, *, keys: bool, queries: bool) -> tuple[torch.Tensor, ...]:
+            x = modulated(entry[:, rows], modulation, self.eps, self.q.weight.dtype)
+            parts = []
+            if keys:
+                parts += [self._rotated(self.k(x), self.norm_k, turns[rows]), self._heads(self.v(x))]
+            if queries:
+                parts.append(self._rotated(self.q(x), self.norm_q, turns[rows]))
+            return tuple(parts)
+
+        k, v, *q_whole = by_rows(slice(0, num_rows), lambda rows: project(rows, keys=True, queries=whole))
+        for rows in row_slices(num_rows, -(-num_rows // query_slices)):
+            q = q_whole.pop() if whole else by_rows(rows, lambda part: project(part, keys=False, queries=True))[0]
+            attended = attend(q, k, v)
+            del q
+            for part in row_slices(attended.shape[1], ROWS):
+                token_rows = slice(rows.start + part.start, rows.start + part.stop)
+                residual = add_branch(residual, token_rows, self.o(attended[:, part]), modulation.gate)
+            del attended
+        return residual
+
+
+class CrossAttention(nn.Module):
+    """Attention of the video's tokens to the prompt; all text positions count, padding included, as upstream."""
+
+    def __init__(self, config: DitConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        dim = config.dim
+        self.q = nn.Linear(dim, dim, dtype=dtype)
+        self.k = nn.Linear(dim, dim, dtype=dtype)
+        self.v = nn.Linear(dim, dim, dtype=dtype)
+        self.o = nn.Linear(dim, dim, dtype=dtype)
+        self.norm_q = RmsNorm(dim, config.eps)
+        self.norm_k = RmsNorm(dim, config.eps)
+
+    def forward(self, residual: torch.Tensor, norm: nn.LayerNorm, context: torch.Tensor) -> torch.Tensor:
+        """The residual with this branch added.
+
+        Args:
+            residual: [B, L, D], float32; written to.
+            norm: what the queries' input passes first.
+            context: [B, S, D] in the compute dtype.
+
+        Returns:
+            [B, L, D], float32.
+        """
+        dtype = self.q.weight.dtype
+        k = self.norm_k(self.k(context)).to(dtype).unflatten(-1, (self.num_heads, -1))
+        v = self.v(context).unflatten(-1, (self.num_heads, -1))
+        for rows in row_slices(residual.shape[1], ROWS):
+            q = self.norm_q(self.q(norm(residual[:, rows]).to(dtype))).to(dtype)
+            attended = attend(q.unflatten(-1, (self.num_heads, -1)), k, v)
+            residual = add_branch(residual, rows, self.o(attended))
+            del q, attended
+        return residual
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a tanh-form GELU between them; numbered as in the checkpoint (0 and 2)."""
+
+    def __init__(self, config: DitConfig, dtype: torch.dtype) -> None:
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim, dtype=dtype),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] to [B, L, D].
+
+        Memory: one [B, L, M]; the GELU works in place unless gradients are kept.
+        """
+        hidden = self[0](x)
+        hidden = self[1](hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden, approximate="tanh")
+        return self[2](hidden)

@@ -1,0 +1,163 @@
+"""The diffusion transformer: latents, timestep and prompt to a velocity.
+
+Letters: B videos, C channels, t, h, w of the latents, L tokens (t * h/2 * w/2), S prompt tokens, D model width,
+K head width.
+
+Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.02747).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from wan21.config import DitConfig
+from wan21.dit.block import Block
+from wan21.dit.layers import ROWS, layer_norm, row_slices
+from wan21.rope import rotations
+from wan21.shapes import PATCH
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPlan:
+    """How one forward is carried out; none of it changes what is computed.
+
+    query_slices: into how many slices self attention cuts its queries.
+    gradient_checkpointing: with gradients kept, save each block's input only and compute the rest again.
+    """
+
+    query_slices: int = 1
+    gradient_checkpointing: bool = False
+
+
+WHOLE = ForwardPlan()
+
+
+class Head(nn.Module):
+    """Residual to patches of velocity, in float32."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, PATCH * PATCH * config.out_dim, dtype=torch.float32)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] and the timestep's embedding [B or 1, D] to [B, L, 64]; all float32."""
+        shift, scale = (self.modulation + time.unsqueeze(1)).split(1, dim=1)
+        patches = [
+            self.head(torch.addcmul(shift, layer_norm(x[:, rows], self.eps), 1 + scale))
+            for rows in row_slices(x.shape[1], ROWS)
+        ]
+        return patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
+
+
+class Dit(nn.Module):
+    """The transformer of the text-to-video and text-to-image tasks.
+
+    Args:
+        config: sizes.
+        dtype: of linear layers and attention. Time embedding, modulation, norms and the head are float32 always.
+
+    Build it on the meta device and let `wan21.weights` fill it.
+    """
+
+    def __init__(self, config: DitConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.dtype = dtype
+        # A convolution whose stride is its kernel: run as a linear layer over patches, kept in the checkpoint's shape.
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, PATCH, PATCH), (1, PATCH, PATCH), dtype=dtype)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dim, dim, dtype=dtype),
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim, dtype=torch.float32), nn.SiLU(), nn.Linear(dim, dim, dtype=torch.float32)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, dtype=torch.float32))
+        self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def embed_text(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The context that cross attention reads; the same in every step, so compute it once.
+
+        Args:
+            prompts: one [n, text_dim] of T5's output per video, n at most text_len.
+
+        Returns:
+            [B, text_len, D] in the compute dtype. Rows beyond n are those of a zero input, not zeros.
+        """
+        padded = torch.stack(
+            [F.pad(prompt.to(self.dtype), (0, 0, 0, self.config.text_len - prompt.shape[0])) for prompt in prompts]
+        )
+        return self.text_embedding(padded)
+
+    def embed_time(self, timestep: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The timestep's embedding [1, D] and its projection to six modulations [1, 6, D]; float32."""
+        half = self.config.freq_dim // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=device) / half
+        angles = timestep * 10000.0**-exponent
+        sinusoid = torch.cat([angles.cos(), angles.sin()]).float().unsqueeze(0)
+        embedding = self.time_embedding(sinusoid)
+        return embedding, self.time_projection(embedding).unflatten(1, (6, -1))
+
+    def rotations(self, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+        """Rotary positions for a grid of tokens: [L, 1, K/2], complex64. The same in every step."""
+        return rotations(grid, self.config.head_dim, device)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        context: torch.Tensor,
+        *,
+        turns: torch.Tensor | None = None,
+        blocks: Iterable[nn.Module] | None = None,
+        plan: ForwardPlan = WHOLE,
+    ) -> torch.Tensor:
+        """The velocity of the flow.
+
+        Args:
+            latents: [B, C, t, h, w], float32.
+            timestep: 0 to 1000, for all videos.
+            context: from `embed_text`, [B, S, D].
+            turns: from `rotations`; computed here if not given.
+            blocks: what to run in place of `self.blocks`, in order; for weights that somebody else brings in.
+            plan: how to carry it out.
+
+        Returns:
+            [B, C, t, h, w], float32, rounded to the compute dtype as upstream does (docs/parity.md).
+
+        Memory: the residual [B, L, D] in float32, and what a block needs.
+        """
+        t, h, w = latents.shape[2:]
+        grid = (t, h // PATCH, w // PATCH)
+        if turns is None:
+            turns = self.rotations(grid, latents.device)
+        time, modulations = self.embed_time(timestep, latents.device)
+        x = self._patchify(latents, grid)
+        for block in self.blocks if blocks is None else blocks:
+            if plan.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulations, context, turns, plan.query_slices, use_reentrant=False)
+            else:
+                x = block(x, modulations, context, turns, plan.query_slices)
+        return self._unpatchify(self.head(x, time), grid)
+
+    def _patchify(self, latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        b, c = latents.shape[:2]
+        t, h, w = grid
+        patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
+        patches = patches.reshape(b, t * h * w, c * PATCH * PATCH)  # [B, L, C * 4], ordered as the kernel's weight
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        t, h, w = grid
+        patches = patches.to(self.dtype).view(-1, t, h, w, PATCH, PATCH, self.config.out_dim)
+        video = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_dim, t, h * PATCH, w * PATCH)
+        return video.float()

@@ -1,0 +1,73 @@
+"""Sizes of videos, latents and token grids, as plain integers.
+
+Letters: T, H, W of the video; t, h, w of the latents (t = (T - 1) / 4 + 1, h = H / 8, w = W / 8); L tokens
+(t * h/2 * w/2).
+"""
+
+from dataclasses import dataclass
+
+from wan21.errors import UsageError
+
+TEMPORAL_STRIDE = 4
+SPATIAL_STRIDE = 8
+PATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """Frames, height and width of a video in pixels, and what follows from them.
+
+    Raises:
+        UsageError: frames is not 4n + 1, or a side is not a multiple of 16.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or (self.num_frames - 1) % TEMPORAL_STRIDE:
+            below = max(1, (self.num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
+            raise UsageError(
+                f"frame_num={self.num_frames} is not of the form 4n+1, which the VAE needs; "
+                f"choose {below} or {below + TEMPORAL_STRIDE}"
+            )
+        unit = SPATIAL_STRIDE * PATCH
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side < unit or side % unit:
+                raise UsageError(
+                    f"{name}={side} is not a positive multiple of {unit}; choose {max(1, side // unit) * unit}"
+                )
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latent frames, height and width: (t, h, w)."""
+        return (
+            (self.num_frames - 1) // TEMPORAL_STRIDE + 1,
+            self.height // SPATIAL_STRIDE,
+            self.width // SPATIAL_STRIDE,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        t, h, w = self.latent
+        return t, h // PATCH, w // PATCH
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one video: L."""
+        t, h, w = self.grid
+        return t * h * w
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height from text such as "832*480".
+
+    Raises:
+        UsageError: the text is not two positive integers with a `*` between them.
+    """
+    parts = size.split("*")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"size={size} is not WIDTH*HEIGHT; write for example size=832*480")
+    return int(parts[0]), int(parts[1])

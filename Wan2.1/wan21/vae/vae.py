@@ -1,0 +1,161 @@
+"""The causal video VAE: videos to normalised latents and back, a few frames at a time.
+
+Frames are coded in chunks of 1, 4, 4, ... and latents one frame at a time; causal layers see the chunks before through
+a `Past`. A frame depends on earlier ones only, so the start of a video is coded the same whatever follows it.
+
+Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t = (T - 1) / 4 + 1, h = H / 8, w = W / 8).
+
+Reference: Wan2.1 (arXiv 2503.20314), the section on the spatio-temporal VAE.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from wan21.config import VaeConfig
+from wan21.errors import UsageError
+from wan21.vae.decoder import Decoder
+from wan21.vae.encoder import Encoder
+from wan21.vae.past import Past
+
+# Of the 16 channels of the released VAE's latents, over its training data.
+LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+class Vae(nn.Module):
+    """Encoder and decoder, and the scaling of the latents between them.
+
+    It computes in the parameters' number format; the scaling is done in float32, and what comes out is float32.
+
+    Args:
+        config: sizes.
+        dtype: of the parameters.
+
+    Raises:
+        UsageError: z_dim differs from the number of channels whose statistics are known.
+    """
+
+    def __init__(self, config: VaeConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if config.z_dim != len(LATENT_MEAN):
+            raise UsageError(
+                f"z_dim={config.z_dim} cannot be: mean and deviation are known for {len(LATENT_MEAN)} latent "
+                f"channels; choose z_dim={len(LATENT_MEAN)}"
+            )
+        self.z_dim = config.z_dim
+        self.temporal_stride = 2 ** sum(config.temporal_downsample)
+        self.spatial_stride = 2 ** len(config.temporal_downsample)
+        self.encoder = Encoder(config, dtype=dtype)
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1, dtype=dtype)
+        self.decoder = Decoder(config, dtype=dtype)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The normalised latents of a video: the mean of their distribution, nothing is drawn.
+
+        Args:
+            video: values in [-1, 1], [B, 3, T, H, W], any floating format.
+
+        Returns:
+            [B, C, t, h, w] in float32, C = z_dim.
+
+        Raises:
+            UsageError: T is not 4n + 1, or a side is not a multiple of 8. (The official code drops what is left over.)
+
+        Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at
+        832 x 480 is 2.2 GB in float32; neither grows with the number of frames.
+        """
+        batch, _, num_frames, height, width = video.shape
+        t, h, w = self._latent_shape(num_frames, height, width)
+        mean, inverse_std = _latent_statistics(video.device)
+        latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=video.device)
+        past = Past()
+        for i in range(t):
+            past.is_first, past.is_last = i == 0, i == t - 1
+            start = max(0, self.temporal_stride * (i - 1) + 1)
+            stop = self.temporal_stride * i + 1
+            chunk = self._as_input(video[:, :, start:stop])
+            mu = self.conv1(self.encoder(chunk, past))[:, : self.z_dim]
+            latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
+        return latents
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """The video of some normalised latents, as many frames at a time as a latent frame gives.
+
+        Whoever takes the frames away as they come needs no memory for the whole video.
+
+        Args:
+            latents: [B, C, t, h, w], C = z_dim, any floating format.
+
+        Yields:
+            [B, 3, 1, H, W], then t - 1 times [B, 3, 4, H, W], in float32 and clamped to [-1, 1]. Strides are the
+            decoder's: channels last.
+
+        Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 33 layers, which at
+        832 x 480 is 3.8 GB in float32; neither grows with the number of frames.
+        """
+        mean, inverse_std = _latent_statistics(latents.device)
+        z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
+        past = Past()
+        t = z.shape[2]
+        for i in range(t):
+            past.is_first, past.is_last = i == 0, i == t - 1
+            # Not named: the chunk belongs to the caller alone.
+            yield self.decoder(z[:, :, i : i + 1], past).float().clamp_(-1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video of some normalised latents, whole.
+
+        Args:
+            latents: [B, C, t, h, w], C = z_dim, any floating format.
+
+        Returns:
+            [B, 3, T, H, W] in float32, clamped to [-1, 1].
+
+        Memory: the video once, and that of `decode_chunks`.
+        """
+        batch, _, t, h, w = latents.shape
+        num_frames = self.temporal_stride * (t - 1) + 1
+        shape = (batch, 3, num_frames, self.spatial_stride * h, self.spatial_stride * w)
+        video = torch.empty(shape, dtype=torch.float32, device=latents.device)
+        start = 0
+        for chunk in self.decode_chunks(latents):
+            stop = start + chunk.shape[2]
+            video[:, :, start:stop] = chunk
+            start = stop
+        return video
+
+    def _as_input(self, x: Tensor) -> Tensor:
+        """The same values in the parameters' format, channels last."""
+        return x.to(dtype=self.conv1.weight.dtype, memory_format=torch.channels_last_3d)
+
+    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        stride = self.temporal_stride
+        if num_frames < 1 or (num_frames - 1) % stride:
+            below = max(1, (num_frames - 1) // stride * stride + 1)
+            raise UsageError(
+                f"num_frames={num_frames} is not of the form {stride}n+1, which the VAE needs; "
+                f"choose {below} or {below + stride}"
+            )
+        unit = self.spatial_stride
+        for name, side in (("height", height), ("width", width)):
+            if side < unit or side % unit:
+                raise UsageError(
+                    f"{name}={side} is not a positive multiple of {unit}; choose {max(1, side // unit) * unit}"
+                )
+        return (num_frames - 1) // stride + 1, height // unit, width // unit
+
+
+def _latent_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and one over the standard deviation of each latent channel, [C, 1, 1, 1] in float32."""
+    mean = torch.tensor(LATENT_MEAN, dtype=torch.float32, device=device)
+    std = torch.tensor(LATENT_STD, dtype=torch.float32, device=device)
+    return mean.view(-1, 1, 1, 1), (1 / std).view(-1, 1, 1, 1)

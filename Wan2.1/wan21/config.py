@@ -122,7 +122,7 @@ MODELS: Mapping[str, ModelSpec] = {
             name="tiny",
             dit=DitConfig(dim=256, ffn_dim=640, num_heads=8, num_layers=4, text_dim=256),
             text=TextEncoderConfig(vocab_size=8192, dim=256, ffn_dim=640, num_heads=8, num_layers=4),
-            vae=VaeConfig(base_dim=16),
+            vae=VaeConfig(base_dim=8),
             sizes=("96*64", "160*96", "256*160"),
             default_size="160*96",
             default_frame_num=9,

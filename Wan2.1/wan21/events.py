@@ -20,7 +20,8 @@ class Span:
 
     A phase is one of PHASES and may occur several times. A component span lies inside the phase "load"; its name is
     that of the component and `expected_bytes` the sum of its parameters' bytes that arrive on the device. A release
-    span surrounds the dropping of the component of that name and lies between phases. Steps count from 0 to `total` - 1 over the whole phase (all micro batches); blocks count within one forward.
+    span surrounds the dropping of the component of that name and lies between phases. Steps count from 0 to
+    `total` - 1 over the whole phase (all micro batches); blocks count within one forward.
     """
 
     kind: Kind

@@ -157,9 +157,7 @@ def test_rows_smaller_than_the_video_give_the_same_velocity(monkeypatch: pytest.
     model = small()
     context = model.embed_text(prompts)
     expected = model(latents, 700, context)
-    for module in ("layers", "block", "model"):
-        monkeypatch.setattr(f"wan21.dit.{module}.ROWS", 7)
-    assert layers.ROWS == 7
+    monkeypatch.setattr(layers, "MOST_ROWS", 7)
     for slices in (1, 3):
         actual = model(latents, 700, context, plan=ForwardPlan(query_slices=slices))
         assert relative_l2(actual, expected) < SAME_ROUNDING

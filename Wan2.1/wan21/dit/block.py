@@ -8,12 +8,12 @@ from torch import nn
 
 from wan21.config import DitConfig
 from wan21.dit.layers import (
-    ROWS,
     CrossAttention,
     FeedForward,
     Modulation,
     SelfAttention,
     add_branch,
+    chunk_rows,
     modulated,
     row_slices,
 )
@@ -57,7 +57,8 @@ class Block(nn.Module):
         del x
         residual = self.cross_attn(residual, self.norm3, context)
         modulation = Modulation(shift_ffn, scale_ffn, gate_ffn)
-        for rows in row_slices(residual.shape[1], ROWS):
+        num_rows = residual.shape[1]
+        for rows in row_slices(slice(0, num_rows), chunk_rows(num_rows)):
             branch = self.ffn(modulated(residual[:, rows], modulation, self.eps, self.dtype))
             residual = add_branch(residual, rows, branch, modulation.gate)
             del branch

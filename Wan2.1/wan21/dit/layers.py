@@ -5,7 +5,7 @@ Letters: B videos, L tokens, S prompt tokens, D model width, N heads, K head wid
 Number formats follow what upstream computes under bfloat16 autocast (docs/parity.md): the residual stream, norms,
 modulation and gates are float32; linear layers and attention run in the module's compute dtype.
 
-All per-token work goes over the tokens in rows of at most ROWS and adds into the residual in place, so no temporary
+All per-token work goes over the tokens in chunks of rows and adds into the residual in place, so no temporary
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
@@ -21,33 +21,41 @@ from wan21.attention import attend
 from wan21.config import DitConfig
 from wan21.rope import rotate
 
-ROWS = 8192
-"""Tokens handled at once. Large enough that a GPU's matrix products run at full rate, small beside 32,760 or 75,600."""
+MOST_ROWS = 8192
+"""Tokens handled at once, at most: a GPU's matrix products run at full rate, and 32,760 or 75,600 are many times it."""
+
+FEWEST_ROWS = 64
+"""Below this the loop costs more than the memory is worth."""
 
 
-def row_slices(num_rows: int, size: int) -> Iterator[slice]:
+def chunk_rows(num_rows: int) -> int:
+    """How many of a video's tokens are handled at once: a quarter, within limits."""
+    return min(MOST_ROWS, max(FEWEST_ROWS, -(-num_rows // 4)))
+
+
+def row_slices(rows: slice, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` rows; one slice of all of them where gradients are kept."""
     if torch.is_grad_enabled():
-        size = num_rows
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+        size = rows.stop - rows.start
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))
 
 
-def by_rows(rows: slice, produce: Callable[[slice], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """What `produce` gives for these rows, worked out ROWS at a time and written into whole tensors.
+def by_rows(rows: slice, size: int, produce: Callable[[slice], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """What `produce` gives for these rows, worked out `size` rows at a time and written into whole tensors.
 
     Memory: the results, and one chunk of each.
     """
     wholes: tuple[torch.Tensor, ...] | None = None
     num_rows = rows.stop - rows.start
-    for part in row_slices(num_rows, ROWS):
-        chunks = produce(slice(rows.start + part.start, rows.start + part.stop))
+    for part in row_slices(rows, size):
+        chunks = produce(part)
         if part.stop - part.start == num_rows:
             return chunks
         if wholes is None:
             wholes = tuple(chunk.new_empty(chunk.shape[0], num_rows, *chunk.shape[2:]) for chunk in chunks)
         for whole, chunk in zip(wholes, chunks, strict=True):
-            whole[:, part] = chunk
+            whole[:, part.start - rows.start : part.stop - rows.start] = chunk
     if wholes is None:
         raise ValueError(f"rows={rows} is empty")
     return wholes
@@ -161,7 +169,8 @@ class SelfAttention(nn.Module):
 
         Memory: keys, values and one slice of queries and of outputs, [B, L, D] each in the compute dtype.
         """
-        num_rows = residual.shape[1]
+        tokens = slice(0, residual.shape[1])
+        size = chunk_rows(residual.shape[1])
         whole = query_slices == 1
 
         def project(rows: slice, *, keys: bool, queries: bool) -> tuple[torch.Tensor, ...]:
@@ -173,14 +182,15 @@ class SelfAttention(nn.Module):
                 parts.append(self._rotated(self.q(x), self.norm_q, turns[rows]))
             return tuple(parts)
 
-        k, v, *q_whole = by_rows(slice(0, num_rows), lambda rows: project(rows, keys=True, queries=whole))
-        for rows in row_slices(num_rows, -(-num_rows // query_slices)):
-            q = q_whole.pop() if whole else by_rows(rows, lambda part: project(part, keys=False, queries=True))[0]
+        k, v, *q_whole = by_rows(tokens, size, lambda rows: project(rows, keys=True, queries=whole))
+        for rows in row_slices(tokens, -(-tokens.stop // query_slices)):
+            q = q_whole.pop() if whole else by_rows(rows, size, lambda part: project(part, keys=False, queries=True))[0]
             attended = attend(q, k, v)
             del q
-            for part in row_slices(attended.shape[1], ROWS):
-                token_rows = slice(rows.start + part.start, rows.start + part.stop)
-                residual = add_branch(residual, token_rows, self.o(attended[:, part]), modulation.gate)
+            for part in row_slices(rows, size):
+                branch = self.o(attended[:, part.start - rows.start : part.stop - rows.start])
+                residual = add_branch(residual, part, branch, modulation.gate)
+                del branch
             del attended
         return residual
 
@@ -213,7 +223,8 @@ class CrossAttention(nn.Module):
         dtype = self.q.weight.dtype
         k = self.norm_k(self.k(context)).to(dtype).unflatten(-1, (self.num_heads, -1))
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
-        for rows in row_slices(residual.shape[1], ROWS):
+        num_rows = residual.shape[1]
+        for rows in row_slices(slice(0, num_rows), chunk_rows(num_rows)):
             q = self.norm_q(self.q(norm(residual[:, rows]).to(dtype))).to(dtype)
             attended = attend(q.unflatten(-1, (self.num_heads, -1)), k, v)
             residual = add_branch(residual, rows, self.o(attended))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
-from wan21.dit.layers import ROWS, layer_norm, row_slices
+from wan21.dit.layers import by_rows, chunk_rows, layer_norm
 from wan21.rope import rotations
 from wan21.shapes import PATCH
 
@@ -48,11 +48,11 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """[B, L, D] and the timestep's embedding [B or 1, D] to [B, L, 64]; all float32."""
         shift, scale = (self.modulation + time.unsqueeze(1)).split(1, dim=1)
-        patches = [
-            self.head(torch.addcmul(shift, layer_norm(x[:, rows], self.eps), 1 + scale))
-            for rows in row_slices(x.shape[1], ROWS)
-        ]
-        return patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
+
+        def patches(rows: slice) -> tuple[torch.Tensor]:
+            return (self.head(torch.addcmul(shift, layer_norm(x[:, rows], self.eps), 1 + scale)),)
+
+        return by_rows(slice(0, x.shape[1]), chunk_rows(x.shape[1]), patches)[0]
 
 
 class Dit(nn.Module):

@@ -1,0 +1,62 @@
+"""From numbers to pictures: uint8 frames, and the files that hold them.
+
+Letters: T, H, W of a video.
+"""
+
+from pathlib import Path
+
+import torch
+
+from wan21.config import SAMPLE_FPS
+
+VIDEO_QUALITY = 8
+"""Of 10, as imageio's ffmpeg writer counts."""
+
+
+def to_uint8(frames: torch.Tensor, *, is_image: bool) -> torch.Tensor:
+    """[3, T, H, W] in [-1, 1] to [T, H, W, 3], uint8, on the same device.
+
+    Videos truncate and images round, as upstream's two writers do.
+
+    Memory: one copy of the frames in their own dtype.
+    """
+    scaled = frames.clamp(-1, 1).add_(1).mul_(127.5)
+    if is_image:
+        scaled.add_(0.5)
+    return scaled.clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def save_video(frames: torch.Tensor, path: Path) -> None:
+    """Writes [T, H, W, 3] uint8 as an mp4 (H.264, 16 frames a second), whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import imageio.v2 as imageio
+
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        with imageio.get_writer(
+            part, fps=SAMPLE_FPS, codec="libx264", quality=VIDEO_QUALITY, ffmpeg_log_level="error"
+        ) as writer:
+            for frame in frames.numpy():
+                writer.append_data(frame)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_image(frame: torch.Tensor, path: Path) -> None:
+    """Writes [H, W, 3] uint8 as a png, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from PIL import Image
+
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        Image.fromarray(frame.numpy()).save(part, format="png")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

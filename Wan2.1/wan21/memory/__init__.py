@@ -1,0 +1,1 @@
+"""Ways to use less memory; each an object that can be taken off."""

@@ -1,0 +1,207 @@
+"""Text to video, and text to image, which is a video of one frame.
+
+Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; D model width.
+
+Reference: Wan2.1 (arXiv 2503.20314).
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from wan21.assets import Assets
+from wan21.components import Component, Components, blocks_to_run
+from wan21.config import COMPONENTS, ModelSpec, Options, Request
+from wan21.dit.model import Dit, ForwardPlan
+from wan21.events import SILENT, Observer, Span
+from wan21.frames import to_uint8
+from wan21.guidance import guided
+from wan21.memory.slicing import choose_query_slices
+from wan21.runtime import Runtime
+from wan21.samplers import make_sampler
+from wan21.shapes import TEMPORAL_STRIDE
+from wan21.text.umt5 import TextEncoder
+from wan21.vae.vae import Vae
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What came out.
+
+    videos: one [T, H, W, 3] per video, uint8, on the host.
+    latents: [B, C, t, h, w], float32, on the host.
+    seeds: of each video's noise.
+    """
+
+    videos: list[torch.Tensor]
+    latents: torch.Tensor
+    seeds: list[int]
+
+
+class TextToVideo:
+    """The pipeline of the t2v and t2i tasks.
+
+    Without offload all components come to the device at the start and stay. With offload each comes when its phase
+    begins and leaves when that ends; weights never change, so leaving means being dropped, and nothing is copied back.
+
+    Args:
+        spec: the task.
+        options: number formats, and where weights and activations live.
+        assets: where weights come from, and the tokenizer.
+        runtime: where to compute.
+        observer: who listens.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        options: Options,
+        assets: Assets,
+        runtime: Runtime,
+        observer: Observer = SILENT,
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._tokenizer = assets.tokenizer
+        self._runtime = runtime
+        self._observer = observer
+        self._components = Components(spec, options, assets.weights, runtime, observer)
+        self._t5: Component[TextEncoder] | None = None
+        self._dit: Component[Dit] | None = None
+        self._vae: Component[Vae] | None = None
+
+    @torch.no_grad()
+    def generate(self, request: Request) -> Generation:
+        """Videos for a request: `batch_size` of them, with the seeds `seed`, `seed` + 1, ...
+
+        Videos share a forward in groups of `micro_batch_size`. All prompts are encoded first and all videos decoded
+        last, so that each component is needed once.
+        """
+        if not self._options.offload:
+            with self._phase("load"):
+                self._t5 = self._t5 or self._components.t5()
+                self._dit = self._dit or self._components.dit()
+                self._vae = self._vae or self._components.vae()
+        prompts = self._encode_text([request.prompt, request.negative_prompt])
+        conditioned, unconditioned = prompts if request.guide_scale != 1 else (prompts[0], None)
+        latents = self._denoise(request, conditioned, unconditioned)
+        videos = self._decode(latents)
+        seeds = [request.seed + i for i in range(request.batch_size)]
+        return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
+
+    def close(self) -> None:
+        """Drops all components."""
+        for name in COMPONENTS:
+            if getattr(self, f"_{name}") is not None:
+                with self._observer.span(Span(kind="release", name=name)):
+                    setattr(self, f"_{name}", None)
+                    self._runtime.synchronize()
+                    self._runtime.empty_cache()
+
+    def _phase(self, name: str) -> AbstractContextManager[object]:
+        return self._observer.span(Span(kind="phase", name=name))
+
+    def _leave(self) -> None:
+        """With offload, drops what the phase that has ended needed."""
+        if self._options.offload:
+            self.close()
+
+    def _encode_text(self, texts: list[str]) -> list[torch.Tensor]:
+        """T5's output for each text: [S, text width] on the pipeline's device."""
+        if self._t5 is None:
+            with self._phase("load"):
+                self._t5 = self._components.t5()
+        with self._phase("encode_text"):
+            prompts = [self._encode_one(self._t5, text) for text in texts]
+        self._leave()
+        return prompts
+
+    def _encode_one(self, t5: Component[TextEncoder], text: str) -> torch.Tensor:
+        ids = torch.tensor([self._tokenizer(text)], device=t5.device)
+        encoded = t5.module(ids, blocks=blocks_to_run(t5, self._observer))[0]
+        return encoded.to(self._runtime.device)
+
+    def _denoise(
+        self, request: Request, conditioned: torch.Tensor, unconditioned: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Latents of each video: [1, C, t, h, w], float32."""
+        if self._dit is None:
+            with self._phase("load"):
+                self._dit = self._components.dit()
+        with self._phase("denoise"):
+            latents = self._sample(self._dit, request, conditioned, unconditioned)
+        self._leave()
+        return latents
+
+    def _sample(
+        self,
+        dit: Component[Dit],
+        request: Request,
+        conditioned: torch.Tensor,
+        unconditioned: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        model = dit.module
+        plan = ForwardPlan(
+            query_slices=choose_query_slices(self._options.attention_slices, request.shape.num_tokens),
+            gradient_checkpointing=self._options.gradient_checkpointing,
+        )
+        turns = model.rotations(request.shape.grid, self._runtime.device)
+        context = model.embed_text([conditioned])
+        negative = model.embed_text([unconditioned]) if unconditioned is not None else None
+        groups = [
+            range(first, min(first + request.micro_batch_size, request.batch_size))
+            for first in range(0, request.batch_size, request.micro_batch_size)
+        ]
+        total = len(groups) * request.num_steps
+        finished: list[torch.Tensor] = []
+        for group_index, group in enumerate(groups):
+            sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
+            sample = torch.cat([self._noise(request, request.seed + i) for i in group])
+            group_context = context.expand(len(group), -1, -1)
+            group_negative = negative.expand(len(group), -1, -1) if negative is not None else None
+            for index, timestep in enumerate(sampler.timesteps):
+                step = group_index * request.num_steps + index
+                with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
+
+                    def velocity(
+                        context: torch.Tensor, sample: torch.Tensor = sample, timestep: int = timestep
+                    ) -> torch.Tensor:
+                        blocks = blocks_to_run(dit, self._observer)
+                        return model(sample, timestep, context, turns=turns, blocks=blocks, plan=plan)
+
+                    flow = guided(velocity, group_context, group_negative, request.guide_scale)
+                    sample = sampler.step(flow, sample)
+                    del flow
+            finished += sample.split(1)
+        return finished
+
+    def _noise(self, request: Request, seed: int) -> torch.Tensor:
+        """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
+        shape = (1, self._spec.dit.in_dim, *request.shape.latent)
+        generator = self._runtime.generator(seed)
+        return torch.randn(shape, generator=generator, device=self._runtime.device, dtype=torch.float32)
+
+    def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each video as [T, H, W, 3], uint8, on the host; frames leave the device as they are decoded."""
+        if self._vae is None:
+            with self._phase("load"):
+                self._vae = self._components.vae()
+        with self._phase("decode"):
+            videos = [self._decode_one(self._vae.module, latent) for latent in latents]
+        self._leave()
+        return videos
+
+    def _decode_one(self, vae: Vae, latent: torch.Tensor) -> torch.Tensor:
+        video: torch.Tensor | None = None
+        first = 0
+        for chunk in vae.decode_chunks(latent):
+            frames = to_uint8(chunk[0], is_image=self._spec.is_image).cpu()
+            if video is None:
+                num_frames = (latent.shape[2] - 1) * TEMPORAL_STRIDE + 1
+                video = torch.empty(num_frames, *frames.shape[1:], dtype=torch.uint8)
+            video[first : first + len(frames)] = frames
+            first += len(frames)
+        if video is None:
+            raise ValueError(f"latent.shape={tuple(latent.shape)} holds no frame")
+        return video

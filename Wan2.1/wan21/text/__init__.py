@@ -1,0 +1,1 @@
+"""The UMT5 text encoder and its tokenizer."""

@@ -1,0 +1,1 @@
+"""Where weights come from: checkpoint files or a seed."""

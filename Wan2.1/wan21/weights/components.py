@@ -1,0 +1,58 @@
+"""The weights of a whole model, component by component, whatever they come from."""
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from wan21.errors import CheckpointError
+
+
+class Source(ABC):
+    """A WeightSource that a `with` statement closes."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every name with its shape, as in the checkpoint file."""
+
+    @abstractmethod
+    def write(self, name: str, destination: torch.Tensor) -> None:
+        """Fills the destination, contiguous and of the weight's shape, with the weight, cast to its dtype."""
+
+    def close(self) -> None:  # noqa: B027 # a source that holds nothing open has nothing to do
+        """Lets go of files and mapped memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Weights(Protocol):
+    """The sources of the three components. Each call opens a new one, which the caller closes."""
+
+    def dit(self) -> Source:
+        """Weights of the diffusion transformer."""
+
+    def t5(self) -> Source:
+        """Weights of the text encoder."""
+
+    def vae(self) -> Source:
+        """Weights of the VAE."""
+
+
+def require_shape(name: str, shape: tuple[int, ...], destination: torch.Tensor) -> None:
+    """Refuses a destination of another shape.
+
+    Raises:
+        CheckpointError: names the tensor and both shapes.
+    """
+    if tuple(destination.shape) != shape:
+        raise CheckpointError(
+            f"tensor {name} is stored as {list(shape)} and was to be written as {list(destination.shape)}; "
+            "use the architecture that the weights were made for"
+        )

@@ -1,0 +1,57 @@
+"""From a job to what wan21 takes: the one place where knobs get their meaning."""
+
+from typing import Literal
+
+from wan21.config import ModelSpec, Options, Request, make_request, model_spec
+from wan_sweep.schema import Job
+
+
+def build_spec(job: Job) -> ModelSpec:
+    """The task of a resolved job."""
+    return model_spec(job.model)
+
+
+def build_request(job: Job) -> Request:
+    """What to generate.
+
+    Raises:
+        UsageError: a value that the task cannot do.
+    """
+    return make_request(
+        build_spec(job),
+        seed=job.base_seed,
+        prompt=job.prompt,
+        size=job.size,
+        frame_num=job.frame_num,
+        solver=job.sample_solver,
+        num_steps=job.sample_steps,
+        shift=job.sample_shift,
+        guide_scale=job.sample_guide_scale,
+        batch_size=job.batch_size,
+        micro_batch_size=job.micro_batch_size,
+    )
+
+
+def build_options(job: Job) -> Options:
+    """How to run it.
+
+    Raises:
+        UsageError: an impossible number of attention slices.
+    """
+    slices: int | Literal["auto"]
+    if isinstance(job.attention_slicing, bool):
+        slices = "auto" if job.attention_slicing else 1
+    else:
+        slices = job.attention_slicing
+    return Options(
+        precision=job.precision,
+        t5_precision=job.t5_precision,
+        vae_precision=job.vae_precision,
+        offload=job.offload,
+        load_strategy=job.load_strategy,
+        t5_cpu=job.t5_cpu,
+        attention_slices=slices,
+        gradient_checkpointing=job.gradient_checkpointing,
+        ckpt_dir=job.ckpt_dir,
+        weights_seed=job.weights_seed,
+    )

@@ -1,0 +1,125 @@
+"""What many tests need: the repository's folders, the command line in a process of its own, and a worker without torch."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Speaks the protocol of wan_sweep.worker; what becomes of the job is told by its prompt.
+FAKE_WORKER = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+what = job["knobs"]["prompt"]
+
+def say(event, kind, name, index=None, total=None):
+    line = {"time": time.time(), "event": event, "kind": kind, "name": name, "index": index, "total": total}
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\\n")
+
+def measured(outcome, **more):
+    values = {"outcome": outcome, "reason": "", "failure": None, "warnings": [], "idle_knobs": {}, "ranks": [],
+              "metrics": {"memory/peak/allocated_bytes": 64 * 2**20, "time/total_s": 0.1},
+              "series": {"step/allocated_bytes": [1, 2]}, "environment": {"cuda": "none"}, "weights": "random"}
+    (folder / "measurement.json").write_text(json.dumps(values | more))
+
+print("working on", what, flush=True)
+say("begin", "phase", "denoise")
+say("begin", "step", "step", 0, 4)
+if what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "hang":
+    time.sleep(600)
+if what == "leave":
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+if what == "fail":
+    raise ValueError("the pipeline broke")
+if what == "oom":
+    measured("oom", reason="out of memory in denoise, step 1 of 4", failure={"kind": "oom"})
+    sys.exit(3)
+say("end", "step", "step", 0, 4)
+say("end", "phase", "denoise")
+measured("ok")
+"""
+
+DRIVER = """
+import sys, types
+from pathlib import Path
+
+report = types.ModuleType("wan_sweep.report")
+report.write_table = report.write_reports = lambda folder: None
+report.print_summary = lambda folder, console: console.print("summary")
+sys.modules["wan_sweep.report"] = report
+
+from wan_sweep import cli
+
+sys.exit(cli.run(sys.argv[2:], worker=(sys.executable, sys.argv[1])))
+"""
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment() -> dict[str, str]:
+    """For a child that imports the packages of this checkout."""
+    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "Wan2.1")])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "CUDA", "HYDRA"))}
+    return {**kept, "PYTHONPATH": folders}
+
+
+@pytest.fixture
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def wan_sweep(tmp_path: Path) -> Command:
+    """Runs `python -m wan_sweep` in an empty folder; the worker is the real one."""
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "wan_sweep", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def fake_worker(tmp_path: Path) -> Path:
+    """A worker without torch: what becomes of its job is told by the prompt."""
+    path = tmp_path / "fake_worker.py"
+    path.write_text(FAKE_WORKER)
+    return path
+
+
+@pytest.fixture
+def fake_command(tmp_path: Path, fake_worker: Path) -> list[str]:
+    """The command line with the fake worker, and without plots and MLflow; arguments are appended."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    return [sys.executable, str(driver), str(fake_worker), "track=false"]
+
+
+@pytest.fixture
+def fake_sweep(tmp_path: Path, fake_command: list[str]) -> Command:
+    """Runs the fake command line in an empty folder."""
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [*fake_command, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    return environment()

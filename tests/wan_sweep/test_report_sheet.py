@@ -1,0 +1,205 @@
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.wan_sweep.made_up_records import GIB, KNOBS, MIB, main_job, metrics_of, record, write_sweep
+from wan_sweep.report.bars import bars_of
+from wan_sweep.report.cells import columns_of
+from wan_sweep.report.findings import bottlenecks, effects, headline, idle_knobs, unmeasured, warnings
+from wan_sweep.report.pareto import pareto_front
+from wan_sweep.report.sheet import Sheet, difference_pct, read_sheet
+
+TINY = {"t5": 3.0, "dit": 2.0, "vae": 4.0}
+
+
+@pytest.fixture(scope="module")
+def main_sheet(tmp_path_factory: pytest.TempPathFactory) -> Sheet:
+    return read_sheet(write_sweep(tmp_path_factory.mktemp("main"), *main_job()))
+
+
+def sheet_of(folder: Path, *records: dict[str, Any]) -> Sheet:
+    return read_sheet(write_sweep(folder, *records))
+
+
+def repeated() -> list[dict[str, Any]]:
+    jobs = enumerate(itertools.product(range(3), (True, False)), start=1)
+    return [
+        record(
+            number,
+            {"offload": offload},
+            metrics_of(base=TINY, activation=41, step_s=0.2 + 0.01 * number),
+            repeat=repeat,
+            knobs={**KNOBS, "offload": offload, "repeats": 3},
+        )
+        for number, (repeat, offload) in jobs
+    ]
+
+
+def column(sheet: Sheet, *title: str) -> list[str]:
+    return [cell.strip() for one in columns_of(sheet) if one.title == title for cell in one.cells]
+
+
+def test_every_job_is_a_row_whatever_became_of_it(main_sheet: Sheet) -> None:
+    assert column(main_sheet, "outcome") == ["ok", "ok", "ok", "ok", "oom", "refused"]
+
+
+def test_memory_above_ten_gib_makes_all_memory_columns_gib(main_sheet: Sheet) -> None:
+    assert column(main_sheet, "peak", "GiB") == ["6.00", "16.58", "6.01", "16.59", "-", "-"]
+    assert column(main_sheet, "base", "GiB") == ["3.12", "13.70", "3.12", "13.70", "-", "-"]
+
+
+def test_small_memory_is_in_mib(tmp_path: Path) -> None:
+    sheet = sheet_of(tmp_path, record(1, {}, metrics_of(base=TINY, activation=41, scale=0.1)))
+    assert column(sheet, "peak", "MiB") == ["50.0"]
+
+
+def test_differences_are_to_the_first_measured_job(main_sheet: Sheet) -> None:
+    assert column(main_sheet, "peak", "diff %") == ["0", "+176.4", "+0.1", "+176.4", "-", "-"]
+    assert column(main_sheet, "job")[:2] == ["1*", "2"]
+
+
+def test_a_failed_first_job_is_not_the_reference(tmp_path: Path) -> None:
+    failed = record(1, {"offload": True}, outcome="oom", reason="out of memory")
+    sheet = sheet_of(tmp_path, failed, record(2, {"offload": False}, metrics_of(base=TINY, activation=41)))
+    assert sheet.reference is not None
+    assert sheet.reference.number == 2
+
+
+def test_a_difference_to_nothing_is_nothing() -> None:
+    assert difference_pct(3.0, 0.0) is None
+    assert difference_pct(None, 2.0) is None
+    assert difference_pct(3.0, 2.0) == pytest.approx(50)
+
+
+def test_more_than_four_axes_share_a_column(tmp_path: Path) -> None:
+    axes = {"precision": "bf16", "offload": True, "t5_cpu": False, "size": "832*480", "frame_num": 81}
+    sheet = sheet_of(tmp_path, record(1, axes, metrics_of(base=TINY, activation=41)))
+    assert column(sheet, "what differs") == ["bf16 offload=true t5_cpu=false 832*480 frame_num=81"]
+
+
+def test_repeats_are_one_row_with_median_and_range(tmp_path: Path) -> None:
+    sheet = sheet_of(tmp_path, *repeated())
+    assert column(sheet, "runs") == ["3", "3"]
+    assert column(sheet, "step", "s") == ["0.230 (0.210..0.250)", "0.240 (0.220..0.260)"]
+
+
+def test_repeats_that_end_differently_are_counted(tmp_path: Path) -> None:
+    jobs = repeated()[::2]
+    jobs[1] |= {"outcome": "timeout", "reason": "longer than timeout_s=5", "metrics": {}}
+    sheet = sheet_of(tmp_path, *jobs)
+    assert column(sheet, "outcome") == ["2 ok, 1 timeout"]
+    assert unmeasured(sheet) == ["Job 1 (offload=true), run 2: timeout: longer than timeout_s=5"]
+
+
+def test_numbers_of_a_job_that_ran_out_of_memory_are_not_compared(tmp_path: Path) -> None:
+    partial = {"memory/peak/allocated_bytes": 3 * MIB, "time/load_s": 1.0}
+    taken_over = record(2, {"offload": False}, partial, outcome="skipped", reason="done before in x (oom)")
+    oom = record(1, {"offload": True}, partial, outcome="oom", reason="out of memory")
+    assert sheet_of(tmp_path, oom, taken_over).measured == []
+
+
+def test_a_result_taken_over_is_compared(tmp_path: Path) -> None:
+    metrics = metrics_of(base=TINY, activation=41)
+    sheet = sheet_of(tmp_path, record(1, {}, metrics, outcome="skipped", reason="done before in outputs/x"))
+    assert [row.number for row in sheet.measured] == [1]
+    assert unmeasured(sheet) == ["Job 1 (t2v-1.3B): skipped: done before in outputs/x"]
+
+
+def test_a_damaged_record_is_named_and_the_others_are_shown(tmp_path: Path) -> None:
+    write_sweep(tmp_path, record(1, {}, metrics_of(base=TINY, activation=41)))
+    (tmp_path / "2_broken").mkdir()
+    (tmp_path / "2_broken" / "record.json").write_text("{")
+    sheet = read_sheet(tmp_path)
+    assert len(sheet.rows) == 1
+    assert "2_broken" in unmeasured(sheet)[0]
+
+
+def test_headline_names_reference_and_best(main_sheet: Sheet) -> None:
+    assert headline(main_sheet) == [
+        "* Reference for the differences: job 1 (fp16 offload=true), the first that was measured.",
+        "Least memory: job 1 (fp16 offload=true), peak 6.00 GiB allocated; job 3 is within 0.5 %.",
+        "Shortest: job 4 (bf16 offload=false), 11.2 s in total; jobs 1, 2 and 3 are within 2 %.",
+        "Fastest step: job 4 (bf16 offload=false), 930 ms a step; job 2 is within 2 %.",
+    ]
+
+
+def test_bottleneck_adds_up_and_tells_idle_weights(main_sheet: Sheet) -> None:
+    assert bottlenecks(main_sheet)[1] == (
+        "Job 2 (fp16 offload=false): peak 16.58 GiB in denoise: 13.70 GiB weights "
+        "(t5 10.58 GiB idle, dit 2.64 GiB, vae 484.0 MiB idle) + 2.88 GiB activations."
+    )
+    assert len(bottlenecks(main_sheet)) == 4
+
+
+def test_blocks_in_flight_are_not_called_activations(tmp_path: Path) -> None:
+    metrics = metrics_of(base={"t5": 0.0, "dit": 0.0, "vae": 0.0}, activation=41, scale=0.1)
+    sheet = sheet_of(tmp_path, record(1, {"load_strategy": "block"}, metrics))
+    assert bottlenecks(sheet) == [
+        "Job 1 (block): peak 41.0 MiB in denoise: 41.0 MiB activations and the blocks in flight."
+    ]
+
+
+def test_weights_that_cannot_all_be_there_are_not_claimed(tmp_path: Path) -> None:
+    metrics = metrics_of(base={"t5": 0.0, "dit": 2.0, "vae": 0.0}, activation=41, scale=0.1)
+    metrics = {name: value for name, value in metrics.items() if "/resident/" not in name}
+    sheet = sheet_of(tmp_path, record(1, {}, {**metrics, "memory/base/t5_bytes": 900 * MIB}))
+    assert bottlenecks(sheet) == ["Job 1 (t2v-1.3B): peak 43.0 MiB in denoise: 43.0 MiB activations."]
+
+
+def test_an_effect_is_measured_between_jobs_that_differ_in_one_knob(main_sheet: Sheet) -> None:
+    assert [effect.sentence() for effect in effects(main_sheet)] == [
+        (
+            "precision=bf16 instead of fp16: peak +0.0 to +0.1 %, step -1.5 to -1.1 % "
+            "(2 pairs of jobs that differ in nothing else)."
+        ),
+        (
+            "offload=false instead of true: peak +176.2 to +176.4 %, step -3.1 to -2.6 % "
+            "(2 pairs of jobs that differ in nothing else)."
+        ),
+    ]
+
+
+def test_oom_and_refused_jobs_tell_their_reason(main_sheet: Sheet) -> None:
+    assert unmeasured(main_sheet) == [
+        (
+            "Job 5 (fp32 offload=false): oom: out of memory in denoise, step 1: 17.2 GiB in use of 18.0 GiB, 1.9 GiB "
+            "asked for (weights on the device then: dit 5.29 GiB, vae 484.0 MiB)"
+        ),
+        "Job 6 (fp32 offload=true): refused: ulysses_size=5 does not divide num_heads=12; choose 1, 2, 3, 4, 6 or 12",
+    ]
+
+
+def test_equal_warnings_and_idle_knobs_are_told_once(tmp_path: Path) -> None:
+    told: dict[str, Any] = {
+        "warnings": [{"code": "noise", "text": "Steps differ by 30 %", "advice": "Close other programs."}],
+        "idle_knobs": {"t5_cpu": "the whole job already runs on the CPU"},
+    }
+    metrics = metrics_of(base=TINY, activation=41)
+    sheet = sheet_of(tmp_path, *(record(n, {"offload": n == 1}, metrics, **told) for n in (1, 2)))
+    assert warnings(sheet) == ["Jobs 1 and 2: Steps differ by 30 %. Close other programs."]
+    assert idle_knobs(sheet) == [
+        "t5_cpu changed nothing in jobs 1 and 2, because the whole job already runs on the CPU."
+    ]
+
+
+def test_bars_add_up_to_the_peak_and_gaps_have_a_reason(main_sheet: Sheet) -> None:
+    bars = bars_of(main_sheet)
+    assert dict(bars[0].parts) == {"dit": 2706 * MIB, "vae": 484 * MIB, "activations": 2954 * MIB}
+    assert bars[0].height == 6 * GIB
+    assert bars[0].reserved == pytest.approx(6.6 * GIB)
+    assert [bar.gap for bar in bars] == ["", "", "", "", "oom", "refused"]
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    assert pareto_front([(3, 1), (1, 3), (2, 2), (3, 3), (2, 2.5)]) == [1, 2, 0]
+
+
+def test_equal_points_are_on_the_front_together() -> None:
+    assert pareto_front([(1, 1), (1, 1), (2, 1)]) == [0, 1]
+
+
+def test_the_front_of_one_point_is_that_point() -> None:
+    assert pareto_front([(5, 5)]) == [0]
+    assert pareto_front([]) == []

@@ -32,15 +32,19 @@ def save_video(frames: torch.Tensor, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    import imageio.v2 as imageio
+    import imageio.v3 as imageio
 
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        with imageio.get_writer(
-            part, fps=SAMPLE_FPS, codec="libx264", quality=VIDEO_QUALITY, ffmpeg_log_level="error"
-        ) as writer:
-            for frame in frames.numpy():
-                writer.append_data(frame)
+        imageio.imwrite(
+            part,
+            frames.numpy(),
+            plugin="FFMPEG",
+            fps=SAMPLE_FPS,
+            codec="libx264",
+            quality=VIDEO_QUALITY,
+            ffmpeg_log_level="error",
+        )
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -8,6 +8,16 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
 from wan21.config import (
     EXAMPLE_PROMPT,
     LOAD_STRATEGIES,
@@ -79,15 +89,6 @@ class ProgressBars:
     wants_blocks = False
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         self.display = Progress(
             TextColumn("{task.description:>12}"),
             BarColumn(),
@@ -95,7 +96,7 @@ class ProgressBars:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._steps = None
+        self._steps: TaskID | None = None
 
     @contextmanager
     def span(self, span: Span) -> Iterator[None]:

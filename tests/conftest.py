@@ -1,4 +1,4 @@
-"""What many tests need: the repository's folders, the command line in a process of its own, and a worker without torch."""
+"""What many tests need: folders, the command line in a process of its own, a worker without torch."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ from wan_sweep import cli
 sys.exit(cli.run(sys.argv[2:], worker=(sys.executable, sys.argv[1])))
 """
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment() -> dict[str, str]:
@@ -82,7 +82,7 @@ def repository() -> Path:
 def wan_sweep(tmp_path: Path) -> Command:
     """Runs `python -m wan_sweep` in an empty folder; the worker is the real one."""
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "wan_sweep", *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
@@ -111,7 +111,7 @@ def fake_command(tmp_path: Path, fake_worker: Path) -> list[str]:
 def fake_sweep(tmp_path: Path, fake_command: list[str]) -> Command:
     """Runs the fake command line in an empty folder."""
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [*fake_command, *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False

@@ -81,6 +81,7 @@ def torch_environment(device: str) -> dict[str, str]:
     """What torch says of itself and of the device."""
     import torch
 
+    cudnn: Any = torch.backends.cudnn  # carries no types
     facts = {
         "torch": torch.__version__,
         "device": "cpu",
@@ -91,7 +92,7 @@ def torch_environment(device: str) -> dict[str, str]:
         facts |= {
             "device": torch.cuda.get_device_name(),
             "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
+            "cudnn": str(cudnn.version()),
         }
     return facts
 

@@ -138,3 +138,12 @@ def test_one_job_and_twelve_draw_without_a_warning(tmp_path: Path) -> None:
         )
         write_reports(folder)
         assert (folder / "memory_time.png").exists()
+
+
+def test_the_barest_measurements_make_a_report(tmp_path: Path) -> None:
+    bare = {"memory/peak/allocated_bytes": 64 * 2**20, "time/total_s": 0.1}
+    write_sweep(tmp_path, record(1, {"base_seed": 1}, bare), record(2, {"base_seed": 2}, {"time/total_s": 1.0}))
+    write_reports(tmp_path)
+    assert "Least memory: job 1 (base\\_seed=1), peak 64.0 MiB allocated." in (tmp_path / "report.md").read_text(
+        "utf-8"
+    )

@@ -114,13 +114,18 @@ class RMSNorm(nn.Module):
         return (x * torch.rsqrt(mean_square + self.eps)).to(self.weight.dtype) * self.weight
 
 
+def _embedding(num_rows: int, dim: int, dtype: torch.dtype) -> nn.Embedding:
+    """A table that somebody else fills; torch's own filling, on the meta device, imports half of its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, dim, dtype=dtype), freeze=False)
+
+
 class RelativeBias(nn.Module):
     """What a layer adds to the scores of its heads, by the distance between key and query."""
 
     def __init__(self, config: TextEncoderConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.max_distance = config.max_distance
-        self.embedding = nn.Embedding(config.num_buckets, config.num_heads, dtype=dtype)
+        self.embedding = _embedding(config.num_buckets, config.num_heads, dtype)
 
     def forward(self, length: int) -> Tensor:
         """The bias for all pairs among so many tokens: [N, S, S], queries before keys.
@@ -228,7 +233,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.dim, dtype=dtype)
+        self.token_embedding = _embedding(config.vocab_size, config.dim, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype=dtype) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, eps=config.eps, dtype=dtype)
 

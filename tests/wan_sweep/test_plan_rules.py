@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+
+from wan_sweep.environment import Gpu, Machine
+from wan_sweep.rules import resolve
+from wan_sweep.schema import Job, Scalar
+
+H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0, num_processes=0)
+NO_GPU = Machine(torch_version="2.13.0+cpu")
+ONE_GPU = Machine(gpus=(H100,), torch_version="2.13.0")
+TWO_GPUS = Machine(gpus=(H100, H100), torch_version="2.13.0")
+CPU_TORCH = Machine(gpus=(H100,), torch_version="2.13.0+cpu")
+
+
+def test_resolving_leaves_nothing_open() -> None:
+    job = resolve(Job(), NO_GPU).job
+    assert (
+        job.model,
+        job.device,
+        job.mode,
+        job.size,
+        job.frame_num,
+        job.sample_steps,
+    ) == ("tiny", "cpu", "measure", "160*96", 9, 4)
+    assert None not in (job.prompt, job.sample_shift, job.sample_guide_scale)
+    assert job == resolve(job, NO_GPU).job
+
+
+def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
+    job = resolve(Job(), ONE_GPU).job
+    assert (
+        job.model,
+        job.device,
+        job.size,
+        job.frame_num,
+        job.sample_steps,
+    ) == ("t2v-1.3B", "cuda", "832*480", 81, 50)
+
+
+@pytest.mark.parametrize(
+    ("machine", "knobs", "reason"),
+    [
+        (
+            ONE_GPU,
+            {"size": "100*100"},
+            "size=100*100 is not a size of t2v-1.3B; choose 480*832, 832*480",
+        ),
+        (
+            NO_GPU,
+            {"frame_num": 80},
+            "frame_num=80 is not of the form 4n+1, which the VAE needs; choose 77 or 81",
+        ),
+        (
+            ONE_GPU,
+            {"ulysses_size": 5},
+            "num_heads=12 is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12",
+        ),
+        (ONE_GPU, {"ulysses_size": 2}, "ulysses_size=2 needs 2 GPUs, this machine has 1; choose 1"),
+        (NO_GPU, {"ring_size": 3}, "ring_size=3 needs 3 GPUs, this machine has none; choose 1"),
+        (
+            TWO_GPUS,
+            {"ulysses_size": 2},
+            "ulysses_size=2 needs several ranks, which this version cannot start yet; choose 1",
+        ),
+        (
+            TWO_GPUS,
+            {"ulysses_size": 2, "ring_size": 2},
+            "ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; choose 2",
+        ),
+        (
+            ONE_GPU,
+            {"dit_fsdp": True},
+            "dit_fsdp=true needs several ranks, which this version cannot start yet; choose dit_fsdp=false",
+        ),
+        (
+            NO_GPU,
+            {"device": "cuda"},
+            "device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu",
+        ),
+        (
+            CPU_TORCH,
+            {"device": "cuda"},
+            (
+                "device=cuda cannot be: torch 2.13.0+cpu is built without CUDA; "
+                "install a CUDA build of torch, or choose device=cpu"
+            ),
+        ),
+        (NO_GPU, {"base_seed": -1}, "base_seed=-1 is outside 0 to 2**63 - 1"),
+        (
+            NO_GPU,
+            {"ckpt_dir": "/nowhere"},
+            "ckpt_dir=/nowhere does not exist; give the official checkpoint folder of tiny, or null for random weights",
+        ),
+    ],
+)
+def test_an_impossible_job_is_refused_with_value_rule_and_way_out(
+    machine: Machine, knobs: dict[str, Scalar], reason: str
+) -> None:
+    assert reason == resolve(Job().replace(**knobs), machine).refusal
+
+
+def test_an_empty_checkpoint_folder_is_refused_by_name(tmp_path: Path) -> None:
+    refusal = resolve(Job(ckpt_dir=str(tmp_path)), NO_GPU).refusal
+    assert str(tmp_path) in refusal
+
+
+def test_a_file_is_no_checkpoint_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    assert "is not a folder" in resolve(Job(ckpt_dir=str(tmp_path / "x")), NO_GPU).refusal

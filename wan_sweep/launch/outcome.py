@@ -1,0 +1,130 @@
+"""From how a job's process ended, and what it left, to an outcome with a reason."""
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wan_sweep.errors import RecordError
+from wan_sweep.launch.process import Ending, Limits
+from wan_sweep.record import Outcome
+from wan_sweep.store import LOG_FILE, MEASUREMENT_FILE, read_json
+
+EXIT_OOM = 3
+
+_LOG_LINES = 20
+_LOG_BYTES = 8192
+_LONGEST_REASON = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a job came to; `measurement` is what its worker told, empty if it did not get that far."""
+
+    outcome: Outcome
+    reason: str = ""
+    failure: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[Mapping[str, str], ...] = ()
+
+
+def log_tail(path: Path) -> list[str]:
+    """The last lines of a log that are not empty."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _LOG_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-_LOG_LINES:]
+
+
+def classify(folder: Path, ending: Ending, limits: Limits, where: str) -> Result:
+    """The outcome of a job.
+
+    Args:
+        folder: The job's folder.
+        ending: How its process ended.
+        limits: The limits that it had.
+        where: The last position that it told, such as "denoise, step 3 of 4".
+    """
+    warnings = tuple(_warnings(ending))
+    damage = ""
+    if (folder / MEASUREMENT_FILE).exists():
+        try:
+            measurement = read_json(folder / MEASUREMENT_FILE)
+            return Result(
+                outcome=measurement["outcome"],
+                reason=str(measurement.get("reason") or "")[:_LONGEST_REASON],
+                failure=measurement.get("failure"),
+                measurement=measurement,
+                warnings=warnings,
+            )
+        except (RecordError, KeyError) as error:
+            damage = f"; {MEASUREMENT_FILE} is damaged: {error}"
+    tail = log_tail(folder / LOG_FILE)
+    outcome, kind, reason = _without_measurement(ending, limits, where, tail)
+    return Result(
+        outcome=outcome,
+        reason=(reason + damage)[:_LONGEST_REASON],
+        failure={"kind": kind, "where": where, "exit_code": ending.exit_code, "log_tail": tail},
+        warnings=warnings,
+    )
+
+
+def _without_measurement(ending: Ending, limits: Limits, where: str, tail: list[str]) -> tuple[Outcome, str, str]:
+    place = f" in {where}" if where else " before the first event"
+    if ending.limit == "time":
+        reason = f"longer than timeout_s={limits.timeout_s:g}{place}; raise timeout_s if that is expected"
+        return "timeout", "limit", reason
+    if ending.limit == "silence":
+        reason = f"no event for {limits.stall_timeout_s:g} s{place}; raise stall_timeout_s if that is expected"
+        return "timeout", "stall", reason
+    last_words = f": {tail[-1].strip()}" if tail else ""
+    if ending.exit_code < 0:
+        name = _signal_name(-ending.exit_code)
+        guess = (
+            "; the kernel's out-of-memory killer does that when the host's memory is full" if name == "SIGKILL" else ""
+        )
+        return "failed", "signal", f"killed by {name}{place}{guess}"
+    if ending.exit_code == EXIT_OOM:
+        return "oom", "exit", f"out of memory{place}, and no measurement was written{last_words}"
+    return "failed", "exit", f"exit code {ending.exit_code}{place}{last_words}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _warnings(ending: Ending) -> list[Mapping[str, str]]:
+    warnings: list[Mapping[str, str]] = []
+    if ending.num_left_behind:
+        warnings.append(
+            {
+                "code": "left_behind",
+                "text": f"The job left {ending.num_left_behind} processes behind, which were ended.",
+                "advice": "See log.txt for what it started.",
+            }
+        )
+    if not ending.is_clean:
+        warnings.append(
+            {
+                "code": "survivors",
+                "text": "A process of the job survives SIGKILL.",
+                "advice": "Look at it with ps; later jobs may be slower, or short of memory, because of it.",
+            }
+        )
+    if ending.limit:
+        warnings.append(
+            {
+                "code": "ended_by_limit",
+                "text": "The process was stopped by a limit.",
+                "advice": "Its numbers hold until then.",
+            }
+        )
+    return warnings

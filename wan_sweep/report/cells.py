@@ -1,0 +1,115 @@
+"""The table as text: titles and cells by column, the same for the terminal and for report.md."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, TOTAL_SECONDS, Row, Sheet, Spread, difference_pct
+from wan_sweep.units import format_gib, format_mib, mib
+
+_AXES_WITH_OWN_COLUMN = 4
+_NOTHING = "-"
+_ROUNDS_TO_ZERO = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the table.
+
+    Args:
+        title: words of the head; the unit is the last of them.
+        cells: one text per row.
+        is_number: whether it is aligned to the right.
+        rank: the lower, the sooner it is left out where a terminal is narrow; 9 always stays.
+    """
+
+    title: tuple[str, ...]
+    cells: tuple[str, ...]
+    is_number: bool = True
+    rank: int = 9
+
+    @property
+    def width(self) -> int:
+        """Characters that it needs with its title broken into words."""
+        return max(map(len, (*self.title, *self.cells)))
+
+
+def columns_of(sheet: Sheet) -> list[Column]:
+    """Return the columns of the table, from left to right."""
+    unit = "GiB" if sheet.is_in_gib else "MiB"
+    step_title = ("step", "s") if sheet.step_metric.endswith("/step_s") else ("first step", "s")
+    found = [
+        Column(title=("job",), cells=tuple(map(_number(sheet), sheet.rows))),
+        *_what_differs(sheet),
+        Column(title=("outcome",), cells=tuple(row.outcome for row in sheet.rows), is_number=False),
+        _memory(sheet, ("base", unit), _base, rank=2),
+        _memory(sheet, ("peak", unit), lambda row: row.spread(PEAK_ALLOCATED)),
+        _memory(sheet, ("reserved", unit), lambda row: row.spread(PEAK_RESERVED), rank=1),
+        Column(
+            title=("peak in",),
+            cells=tuple(row.peak_phase or _NOTHING for row in sheet.rows),
+            is_number=False,
+            rank=4,
+        ),
+        _seconds(sheet, step_title, sheet.step_metric),
+        _seconds(sheet, ("total", "s"), TOTAL_SECONDS),
+        _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED),
+        _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=3),
+    ]
+    if sheet.has_repeats:
+        found.insert(1, Column(title=("runs",), cells=tuple(str(len(row.records)) for row in sheet.rows)))
+    return found
+
+
+def _number(sheet: Sheet) -> Callable[[Row], str]:
+    return lambda row: f"{row.number}*" if row is sheet.reference and len(sheet.measured) > 1 else f"{row.number} "
+
+
+def _what_differs(sheet: Sheet) -> list[Column]:
+    if len(sheet.axes) > _AXES_WITH_OWN_COLUMN:
+        return [Column(title=("what differs",), cells=tuple(row.label for row in sheet.rows), is_number=False)]
+    return [
+        Column(title=(knob,), cells=tuple(row.axes.get(knob, _NOTHING) for row in sheet.rows), is_number=False)
+        for knob in sheet.axes
+    ] or [Column(title=("model",), cells=tuple(row.label for row in sheet.rows), is_number=False)]
+
+
+def _base(row: Row) -> Spread | None:
+    value = row.base_bytes()
+    return None if value is None else Spread(middle=value, low=value, high=value)
+
+
+def _memory(sheet: Sheet, title: tuple[str, str], read: Callable[[Row], Spread | None], *, rank: int = 9) -> Column:
+    spreads = [read(row) for row in sheet.rows]
+    largest = max((spread.high for spread in spreads if spread), default=0.0)
+    if sheet.is_in_gib:
+        return Column(title=title, cells=_cells(spreads, lambda value: format_gib(value, digits=2)), rank=rank)
+    digits = 1 if mib(largest) < 1000 else 0
+    return Column(title=title, cells=_cells(spreads, lambda value: format_mib(value, digits=digits)), rank=rank)
+
+
+def _seconds(sheet: Sheet, title: tuple[str, str], metric: str) -> Column:
+    spreads = [row.spread(metric) for row in sheet.rows]
+    largest = max((spread.high for spread in spreads if spread), default=0.0)
+    digits = 3 if largest < 10 else 2 if largest < 100 else 1
+    return Column(title=title, cells=_cells(spreads, lambda value: f"{value:.{digits}f}"))
+
+
+def _cells(spreads: Sequence[Spread | None], show: Callable[[float], str]) -> tuple[str, ...]:
+    return tuple(_cell(spread, show) for spread in spreads)
+
+
+def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
+    if spread is None:
+        return _NOTHING
+    low, high = show(spread.low), show(spread.high)
+    return show(spread.middle) if low == high else f"{show(spread.middle)} ({low}..{high})"
+
+
+def _differences(sheet: Sheet, title: tuple[str, str], metric: str, *, rank: int = 9) -> Column:
+    reference = sheet.reference
+    base = reference.value(metric) if reference else None
+    cells = []
+    for row in sheet.rows:
+        found = difference_pct(row.value(metric), base)
+        cells.append(_NOTHING if found is None else "0" if abs(found) < _ROUNDS_TO_ZERO else f"{found:+.1f}")
+    return Column(title=title, cells=tuple(cells), rank=rank)

@@ -1,0 +1,241 @@
+"""The pictures of a sweep: peaks as stacked bars, memory against time, memory and time by step."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_sweep.report.bars import Bar, bars_of
+from wan_sweep.report.canvas import (
+    FAINT,
+    INK,
+    PALETTE,
+    PART_COLOURS,
+    clean_value_axis,
+    entitle,
+    in_unit,
+    picture,
+)
+from wan_sweep.report.labels import Box, place
+from wan_sweep.report.pareto import pareto_front
+from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, difference_pct, job_list
+from wan_sweep.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BAR_INCHES = 0.42
+_MARKER_POINTS = 8.0
+_NAMED_IN_PLACE = 6
+
+
+def draw_all(sheet: Sheet) -> list[tuple[str, str]]:
+    """Draw what the records allow; returns file name and caption of each picture."""
+    drawn = []
+    with_peak = [row for row in sheet.measured if row.value(PEAK_ALLOCATED)]
+    if with_peak:
+        drawn.append(("peak_memory.png", draw_peaks(sheet, sheet.folder / "peak_memory.png")))
+    if any(row.value(TOTAL_SECONDS) for row in with_peak):
+        drawn.append(("memory_time.png", draw_memory_time(sheet, sheet.folder / "memory_time.png")))
+    if any(_series(row, "step/allocated_bytes") for row in sheet.measured):
+        drawn.append(("steps.png", draw_steps(sheet, sheet.folder / "steps.png")))
+    return drawn
+
+
+def draw_peaks(sheet: Sheet, path: Path) -> str:
+    """Draw a bar per configuration: weights by component, activations, and what was reserved as an outline."""
+    bars = bars_of(sheet)
+    unit, title = _unit(sheet), _peaks_title(sheet)
+    with picture(path, 9.0, 1.75 + _BAR_INCHES * len(bars)) as figure:
+        axes = figure.add_subplot()
+        largest = max(in_unit(max(bar.height, bar.reserved), is_in_gib=sheet.is_in_gib) for bar in bars)
+        for place_of_bar, bar in enumerate(bars):
+            _draw_bar(axes, place_of_bar, bar, largest, is_in_gib=sheet.is_in_gib)
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.set_xlim(right=largest * 1.2)
+        clean_value_axis(axes, "x")
+        axes.set_xlabel(f"peak of device memory, allocated / reserved [{unit}]")
+        entitle(figure, title)
+        _draw_bar_legend(axes, bars)
+    return title
+
+
+def draw_memory_time(sheet: Sheet, path: Path) -> str:
+    """Draw peak memory against the time of the whole job, with the front of those that nothing beats in both."""
+    rows = [row for row in sheet.measured if row.value(TOTAL_SECONDS) and row.value(PEAK_ALLOCATED)]
+    points = [
+        (row.value(TOTAL_SECONDS) or 0.0, in_unit(row.value(PEAK_ALLOCATED) or 0.0, is_in_gib=sheet.is_in_gib))
+        for row in rows
+    ]
+    front = pareto_front(points)
+    title = _front_title(rows, front)
+    from matplotlib.lines import Line2D
+
+    with picture(path, 8.4, 5.4) as figure:
+        axes = figure.add_subplot()
+        if len(front) > 1:
+            xs, ys = [points[index][0] for index in front], [points[index][1] for index in front]
+            axes.plot(xs, ys, color=FAINT, linewidth=1.3, drawstyle="steps-post", zorder=1, label="Pareto front")
+            axes.legend(loc="best")
+        for index, (x, y) in enumerate(points):
+            is_best = index in front
+            face = PALETTE[0] if is_best else "white"
+            axes.plot(
+                x,
+                y,
+                "o",
+                markersize=_MARKER_POINTS,
+                markerfacecolor=face,
+                markeredgecolor=PALETTE[0],
+                zorder=3 + is_best,
+            )
+        axes.set_xlim(*_time_range([x for x, _ in points]))
+        axes.set_ylim(bottom=0, top=max(y for _, y in points) * 1.15)
+        axes.grid(visible=True)
+        axes.set_xlabel("time of the whole job [s]")
+        axes.set_ylabel(f"peak of allocated device memory [{_unit(sheet)}]")
+        entitle(figure, title)
+        if len(rows) > _NAMED_IN_PLACE:
+            names = [Line2D([], [], linestyle="none", label=f"{row.number}  {row.label}") for row in rows]
+            figure.legend(handles=names, loc="outside right center", handlelength=0, handletextpad=0, fontsize=9)
+        _name_points(figure, axes, points, [_point_name(row, len(rows)) for row in rows])
+    return title
+
+
+def draw_steps(sheet: Sheet, path: Path) -> str:
+    """Draw the peak of allocated memory, and the seconds, of each denoising step."""
+    rows = [row for row in sheet.measured if _series(row, "step/allocated_bytes")]
+    title = "Memory and time of each denoising step"
+    with picture(path, 9.0, 6.0) as figure:
+        memory, seconds = figure.subplots(2, 1, sharex=True)
+        for index, row in enumerate(rows):
+            place_in_sweep = row.number - 1  # the colours are those of the runs in MLflow
+            colour = PALETTE[place_in_sweep % len(PALETTE)]
+            dashes = ("-", "--", ":", "-.")[place_in_sweep // len(PALETTE) % 4]
+            allocated = [in_unit(value, is_in_gib=sheet.is_in_gib) for value in _series(row, "step/allocated_bytes")]
+            steps = range(1, len(allocated) + 1)
+            # Lines that coincide are drawn ever thinner on top of each other, so that each is seen.
+            width = 1.5 + (len(rows) - 1 - index) * min(1.6, 7.0 / len(rows))
+            style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": width + 2, "linewidth": width}
+            memory.plot(steps, allocated, label=f"{row.number}  {row.label}", **style)
+            durations = _series(row, "step/seconds")
+            seconds.plot(range(1, len(durations) + 1), durations, **style)
+        for axes, label in ((memory, f"peak allocated [{_unit(sheet)}]"), (seconds, "duration [s]")):
+            clean_value_axis(axes, "y")
+            if axes.dataLim.y1 > 0:
+                axes.set_ylim(top=axes.dataLim.y1 * 1.1)
+            axes.set_ylabel(label)
+        seconds.set_xlabel("denoising step")
+        seconds.xaxis.get_major_locator().set_params(integer=True)
+        entitle(figure, title)
+        figure.legend(loc="outside right center", fontsize=9.5)
+    return title
+
+
+def _draw_bar(axes: "Axes", position: int, bar: Bar, largest: float, *, is_in_gib: bool) -> None:
+    if bar.gap:
+        axes.barh(position, largest, height=0.62, facecolor="none", edgecolor="#D0D0D0", hatch="///", linewidth=0)
+        axes.text(
+            largest * 0.5, position, bar.gap, ha="center", va="center", backgroundcolor="white", color=INK, fontsize=10
+        )
+        return
+    start = 0.0
+    for part, num_bytes in bar.parts:
+        length = in_unit(num_bytes, is_in_gib=is_in_gib)
+        axes.barh(position, length, left=start, height=0.62, color=PART_COLOURS[part], linewidth=0)
+        start += length
+    reserved = in_unit(bar.reserved, is_in_gib=is_in_gib)
+    if reserved > start:
+        axes.barh(position, reserved - start, left=start, height=0.62, facecolor="none", edgecolor=INK, linewidth=0.9)
+    digits = 2 if is_in_gib else 1 if largest < 1000 else 0
+    both = f"{start:.{digits}f} / {reserved:.{digits}f}" if reserved else f"{start:.{digits}f}"
+    axes.text(max(start, reserved) + largest * 0.012, position, both, va="center", fontsize=10)
+
+
+def _draw_bar_legend(axes: "Axes", bars: list[Bar]) -> None:
+    from matplotlib.patches import Patch
+
+    shown = {part for bar in bars for part, _ in bar.parts}
+    handles = [
+        Patch(color=colour, label=part if part == "activations" else f"{part} weights")
+        for part, colour in PART_COLOURS.items()
+        if part in shown
+    ]
+    handles.append(Patch(facecolor="none", edgecolor=INK, label="reserved, not allocated"))
+    if any(bar.gap for bar in bars):
+        handles.append(Patch(facecolor="none", edgecolor="#D0D0D0", hatch="///", label="not measured"))
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, columnspacing=1.3)
+
+
+def _name_points(figure: "Figure", axes: "Axes", points: list[tuple[float, float]], names: list[str]) -> None:
+    """Write the names beside the points, after the axes have got their final place."""
+    figure.draw_without_rendering()
+    pixels = [tuple(map(float, axes.transData.transform(point))) for point in points]
+    scale = figure.dpi / 72
+    texts = [axes.annotate(name, (0, 0), xycoords="figure pixels", fontsize=9.5, zorder=4) for name in names]
+    sizes = [(text.get_window_extent().width + 4 * scale, text.get_window_extent().height) for text in texts]
+    inside = axes.get_window_extent()
+    frame = Box(left=inside.x0, bottom=inside.y0, width=inside.width, height=inside.height)
+    boxes = place([(x, y) for x, y in pixels], sizes, frame, radius=_MARKER_POINTS * 0.6 * scale)
+    to_data = axes.transData.inverted()
+    for text, box, point, (x, y) in zip(texts, boxes, points, pixels, strict=True):
+        text.remove()
+        middle = (box.left + box.width / 2, box.bottom + box.height / 2)
+        is_far = abs(middle[1] - y) > 1.6 * box.height or abs(middle[0] - x) > box.width
+        axes.annotate(
+            text.get_text(),
+            xy=point,
+            xytext=tuple(to_data.transform(middle)),
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            zorder=4,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7} if is_far else None,
+        )
+
+
+def _time_range(seconds: list[float]) -> tuple[float, float]:
+    """Return a range that has room for names, and that does not make a chasm of a small difference."""
+    low, high = min(seconds), max(seconds)
+    span = max(high - low, 0.25 * high)
+    middle = (low + high) / 2
+    return max(0.0, middle - 0.9 * span), middle + 0.9 * span
+
+
+def _point_name(row: Row, number_of_points: int) -> str:
+    return str(row.number) if number_of_points > _NAMED_IN_PLACE else f"{row.number}  {row.label}"
+
+
+def _unit(sheet: Sheet) -> str:
+    return "GiB" if sheet.is_in_gib else "MiB"
+
+
+def _peaks_title(sheet: Sheet) -> str:
+    with_peak = [row for row in sheet.measured if row.value(PEAK_ALLOCATED)]
+    rows = sorted(with_peak, key=lambda row: row.value(PEAK_ALLOCATED) or 0.0)
+    least, most = rows[0], rows[-1]
+    peak = format_bytes(least.value(PEAK_ALLOCATED) or 0)
+    change = difference_pct(least.value(PEAK_ALLOCATED), most.value(PEAK_ALLOCATED)) or 0.0
+    if len(rows) == 1:
+        return f"Peak memory: {peak}" + (f" in {least.peak_phase}" if least.peak_phase else "")
+    if change > -0.5:
+        return f"Peak memory: all about {peak}"
+    return f"Least peak memory: job {least.number}, {peak}, {-change:.0f} % less than job {most.number}"
+
+
+def _front_title(rows: list[Row], front: list[int]) -> str:
+    if len(rows) == 1:
+        return "Peak memory and time"
+    if len(front) == 1:
+        return f"Best in both memory and time: job {rows[front[0]].number} ({rows[front[0]].label})"
+    if len(front) == len(rows):
+        return "Memory against time: every configuration is on the Pareto front"
+    numbers = job_list([rows[index] for index in sorted(front)])
+    return f"Memory against time: {numbers} are on the Pareto front"
+
+
+def _series(row: Row, name: str) -> list[float]:
+    """Return a series of the first measured repeat."""
+    return [float(value) for value in row.measured[0].series.get(name, [])] if row.measured else []

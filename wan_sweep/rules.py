@@ -1,0 +1,113 @@
+"""Which jobs this machine and this version can run, and what "auto" and null mean on it."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan21.config import ModelSpec, model_spec
+from wan21.errors import WanError
+from wan_sweep.build import build_options, build_request
+from wan_sweep.environment import Machine
+from wan_sweep.errors import UsageError
+from wan_sweep.schema import AUTO, Job
+
+GPU_DEFAULT_MODEL = "t2v-1.3B"
+CPU_DEFAULT_MODEL = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A job with everything decided.
+
+    Attributes:
+        refusal: Why it cannot run here; empty if it can.
+        weights: Fingerprint of its checkpoint folder; None for random weights.
+    """
+
+    job: Job
+    refusal: str = ""
+    weights: str | None = None
+
+
+def resolve(job: Job, machine: Machine) -> Resolved:
+    """What the job is on this machine, or why it cannot be."""
+    device = ("cuda" if machine.num_gpus else "cpu") if job.device == AUTO else job.device
+    model = (GPU_DEFAULT_MODEL if device == "cuda" else CPU_DEFAULT_MODEL) if job.model == AUTO else job.model
+    job = job.replace(model=model, device=device, mode="measure")
+    try:
+        request = build_request(job)
+        build_options(job)
+        job = job.replace(
+            size=f"{request.shape.width}*{request.shape.height}",
+            frame_num=request.shape.num_frames,
+            prompt=request.prompt,
+            sample_steps=request.num_steps,
+            sample_shift=float(request.shift),
+            sample_guide_scale=float(request.guide_scale),
+        )
+        _check_parallel(job, model_spec(model), machine)
+        _check_device(job, machine)
+        return Resolved(job=job, weights=_check_checkpoint(job, model_spec(model)))
+    except WanError as error:
+        return Resolved(job=job, refusal=str(error))
+
+
+def _words(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else str(numbers[0])
+
+
+def _check_parallel(job: Job, spec: ModelSpec, machine: Machine) -> None:
+    heads = spec.dit.num_heads
+    if heads % job.ulysses_size:
+        choices = [size for size in range(1, heads + 1) if heads % size == 0]
+        raise UsageError(
+            f"num_heads={heads} is not divisible by ulysses_size={job.ulysses_size}; choose {_words(choices)}"
+        )
+    ranks = job.ulysses_size * job.ring_size
+    asked = ", ".join(
+        f"{name}={size}"
+        for name, size in (("ulysses_size", job.ulysses_size), ("ring_size", job.ring_size))
+        if size > 1
+    )
+    if ranks > max(1, machine.num_gpus):
+        there = machine.num_gpus or "none"
+        raise UsageError(f"{asked} needs {ranks} GPUs, this machine has {there}; choose {max(1, machine.num_gpus)}")
+    if ranks > 1:
+        raise UsageError(f"{asked} needs several ranks, which this version cannot start yet; choose 1")
+    for name, is_sharded in (("dit_fsdp", job.dit_fsdp), ("t5_fsdp", job.t5_fsdp)):
+        if is_sharded:
+            raise UsageError(
+                f"{name}=true needs several ranks, which this version cannot start yet; choose {name}=false"
+            )
+
+
+def _check_device(job: Job, machine: Machine) -> None:
+    if job.device != "cuda" or machine.num_gpus:
+        return
+    if machine.gpus:
+        raise UsageError(
+            f"device=cuda cannot be: torch {machine.torch_version} is built without CUDA; "
+            "install a CUDA build of torch, or choose device=cpu"
+        )
+    raise UsageError("device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu")
+
+
+def _check_checkpoint(job: Job, spec: ModelSpec) -> str | None:
+    if job.ckpt_dir is None:
+        return None
+    folder = Path(job.ckpt_dir)
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(
+            f"ckpt_dir={job.ckpt_dir} {state}; give the official checkpoint folder of {spec.name}, "
+            "or null for random weights"
+        )
+    return _inspected(folder, spec.name)
+
+
+@functools.cache
+def _inspected(folder: Path, model: str) -> str:
+    """Fingerprint of a checkpoint folder; read once, however many jobs use it."""
+    from wan21.weights.inspect import inspect_folder
+
+    return inspect_folder(folder, model_spec(model)).fingerprint

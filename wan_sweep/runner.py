@@ -1,0 +1,282 @@
+"""A sweep under way: runs its jobs one after the other and turns each into a record, a row and an MLflow run."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.text import Text
+
+from wan_sweep.errors import SweepError
+from wan_sweep.launch import WORKER, Interrupted, Limits, Result, launch
+from wan_sweep.launch.events import Event
+from wan_sweep.plan import Plan, PlannedJob
+from wan_sweep.progress import Display
+from wan_sweep.record import FAILURES, RECORD_FILE, Record, load_record, load_records
+from wan_sweep.store import CONFIG_FILE, JOB_FILE, write_config, write_json, write_record
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+
+
+class JobTracker(Protocol):
+    """Where runs are logged besides the files."""
+
+    def open(self) -> None:
+        """Gets ready, before the first job starts."""
+
+    def log_job(self, record_path: Path) -> None:
+        """Logs a job from its record."""
+
+    def close_sweep(self, sweep_dir: Path) -> str | None:
+        """Logs the sweep itself; returns the link to it."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Sweep:
+    """A sweep whose folder exists and whose plan is written.
+
+    Args:
+        plan: What to do.
+        console: Where the report goes.
+        display: Shows the running job; None in a process that another one watches.
+        tracker: Logs the jobs; None where there is nothing to log to.
+    """
+
+    def __init__(
+        self, plan: Plan, console: Console, *, display: Display | None = None, tracker: JobTracker | None = None
+    ) -> None:
+        self.plan = plan
+        self._console = console
+        self._display = display
+        self._tracker = tracker
+        self._records: dict[int, Record] = {}
+        self._logged: set[int] = set()
+        self._problems: list[str] = []
+
+    def settle(self) -> None:
+        """Writes the records of the jobs that need not run."""
+        for entry in self.plan.own_jobs:
+            if entry.expected != "run":
+                self._settle(entry)
+
+    def run(self, entry: PlannedJob, command: Sequence[str] = WORKER) -> str:
+        """Runs a job and returns its outcome; whatever goes wrong with it, this is a value.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came; the job's processes are gone and its record says so.
+            SystemExit: likewise, SIGTERM.
+        """
+        if entry.number in self._records:
+            return self._records[entry.number].outcome
+        if entry.expected != "run":
+            return self._settle(entry).outcome
+        if self._display:
+            self._display.start_job(entry.number, entry.title)
+        started_at, started = _now(), time.monotonic()
+        interrupt: BaseException | None = None
+        try:
+            result = self._launch(entry, command)
+        except Interrupted as error:
+            where = f" in {error.where}" if error.where else ""
+            result = Result(
+                outcome="failed",
+                reason=f"interrupted{where}; the same command runs it again",
+                failure={"kind": "interrupted", "where": error.where},
+            )
+            interrupt = error.__cause__
+        seconds = time.monotonic() - started
+        record = self._record(entry, result, started_at, seconds)
+        self._keep(record)
+        if self._display:
+            self._display.end_job(entry.number, entry.title, record.outcome, record.reason, seconds)
+        if interrupt:
+            raise interrupt
+        self._publish(record)
+        return record.outcome
+
+    def finish(self) -> int:
+        """Reports, and returns the exit code: not 0 if a job failed or something could not be written."""
+        if self._display:
+            self._display.close()
+        self._collect()
+        for record in self._records.values():
+            self._log(record)
+        self._report()
+        link = self._close_tracker()
+        if link:
+            self._console.print(Text(link), soft_wrap=True)
+        left = len(self.plan.own_jobs) - len(self._records)
+        if left > 0:
+            self._say(
+                f"{left} of {len(self.plan.own_jobs)} jobs were not started; the same command runs what is missing."
+            )
+        for problem in self._problems:
+            self._say(problem)
+        self._say(f"Results: {self.plan.folder}")
+        is_bad = self._problems or any(record.outcome in FAILURES for record in self._records.values())
+        return EXIT_FAILED if is_bad else 0
+
+    def _say(self, words: str) -> None:
+        self._console.print(Text(words), soft_wrap=True)
+
+    def _launch(self, entry: PlannedJob, command: Sequence[str]) -> Result:
+        folder = self.plan.folder / entry.name
+        job = entry.job
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / JOB_FILE, self._assignment(entry))
+            write_config(folder / CONFIG_FILE, job.to_dict())
+            return launch(
+                folder,
+                limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
+                on_event=self._on_event,
+                command=command,
+                uses_gpu=job.device == "cuda",
+            )
+        except OSError as error:
+            reason = f"the job could not be started: {error}; see that {folder} can be written and has space"
+            return Result(outcome="failed", reason=reason, failure={"kind": "folder", "where": str(folder)})
+
+    def _on_event(self, event: Event) -> None:
+        if self._display:
+            self._display.event(event)
+
+    def _assignment(self, entry: PlannedJob) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "key": entry.key,
+            "number": entry.number,
+            "name": entry.name,
+            "repeat": entry.repeat,
+            "sweep": {"name": self.plan.name, "id": self.plan.id, "folder": str(self.plan.folder)},
+            "knobs": entry.job.to_dict(),
+        }
+
+    def _record(self, entry: PlannedJob, result: Result, started_at: str, seconds: float) -> Record:
+        told = result.measurement
+        warnings = [*told.get("warnings", []), *result.warnings]
+        weights = told.get("weights") or (f"checkpoint {entry.job.ckpt_dir}" if entry.job.ckpt_dir else "random")
+        return Record(
+            key=entry.key,
+            number=entry.number,
+            name=entry.name,
+            repeat=entry.repeat,
+            sweep_name=self.plan.name,
+            sweep_id=self.plan.id,
+            sweep_folder=str(self.plan.folder),
+            knobs=entry.job.to_dict(),
+            overrides=dict(entry.overrides),
+            outcome=result.outcome,
+            reason=result.reason,
+            failure=result.failure,
+            started_at=started_at,
+            ended_at=_now(),
+            wall_seconds=seconds,
+            code_version=self.plan.code_version,
+            environment={**self.plan.environment, **told.get("environment", {})},
+            weights=weights,
+            metrics=told.get("metrics", {}),
+            series=told.get("series", {}),
+            ranks=told.get("ranks", []),
+            warnings=warnings,
+            idle_knobs=told.get("idle_knobs", {}),
+        )
+
+    def _settle(self, entry: PlannedJob) -> Record:
+        if entry.expected == "done" and entry.source:
+            record = self._taken_over(entry, Path(entry.source))
+        else:
+            record = self._record(entry, Result(outcome="refused", reason=entry.reason), _now(), 0.0)
+        self._keep(record)
+        return record
+
+    def _taken_over(self, entry: PlannedJob, source: Path) -> Record:
+        blank = self._record(entry, Result(outcome="skipped", reason=entry.reason), _now(), 0.0)
+        older = load_record(source)
+        return replace(
+            blank,
+            wall_seconds=older.wall_seconds,
+            environment=older.environment,
+            weights=older.weights,
+            metrics=older.metrics,
+            series=older.series,
+            ranks=older.ranks,
+            warnings=older.warnings,
+            idle_knobs=older.idle_knobs,
+            measured_in=str(source),
+        )
+
+    def _keep(self, record: Record) -> None:
+        self._records[record.number] = record
+        try:
+            write_record(self.plan.folder / record.name, record)
+        except OSError as error:
+            self._problems.append(
+                f"The record of job {record.number} ({record.outcome}) could not be written: "
+                f"{error.strerror or error}; its numbers end with this process; make space and run the command again."
+            )
+
+    def _publish(self, record: Record) -> None:
+        self._log(record)
+        self._attempt("results.csv could not be written", self._write_table)
+
+    def _log(self, record: Record) -> None:
+        path = self.plan.folder / record.name / RECORD_FILE
+        if self._tracker and record.number not in self._logged and path.exists():
+            self._logged.add(record.number)
+            try:
+                self._tracker.log_job(path)
+            except Exception as error:  # noqa: BLE001 - a tracker's trouble never costs a measurement
+                logger.warning("MLflow did not take job %d: %s", record.number, error)
+
+    def _close_tracker(self) -> str | None:
+        if self._tracker is None:
+            return None
+        try:
+            return self._tracker.close_sweep(self.plan.folder)
+        except Exception as error:  # noqa: BLE001 - a tracker's trouble never costs a measurement
+            logger.warning("MLflow did not take the sweep: %s", error)
+            return None
+
+    def _collect(self) -> None:
+        """Adds the records that jobs wrote in other processes."""
+        try:
+            found = load_records(self.plan.folder)
+        except SweepError as error:
+            self._problems.append(f"{error}")
+            return
+        self._records = {**{record.number: record for record in found}, **self._records}
+
+    def _write_table(self) -> None:
+        from wan_sweep.report import write_table
+
+        write_table(self.plan.folder)
+
+    def _report(self) -> None:
+        def write() -> None:
+            from wan_sweep.report import print_summary, write_reports
+
+            # The table first: it is what remains if a plot cannot be drawn.
+            print_summary(self.plan.folder, self._console)
+            write_reports(self.plan.folder)
+
+        if self._records:
+            self._attempt("The report could not be made", write)
+
+    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the records are on disk and the sweep goes on
+            logger.debug("%s", what, exc_info=True)
+            problem = f"{what}: {type(error).__name__}: {error}"
+            if problem not in self._problems:
+                self._problems.append(problem)

@@ -1,0 +1,261 @@
+"""Every knob of a job: name, type, default, allowed values, meaning.
+
+`Job` is the single truth. conf/config.yaml repeats its defaults and meanings (a test compares them), the help page and
+the messages are made from it, and below `convert` nothing else describes a job.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from wan21.config import MODELS, LoadStrategy, Precision, Solver
+
+Scalar = str | int | float | bool | None
+
+Mode = Literal["auto", "measure"]
+Device = Literal["auto", "cuda", "cpu"]
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What the type of a knob does not say.
+
+    Attributes:
+        meaning: One sentence for config.yaml, the help page and the docs.
+        choices: Allowed values where the type is not a Literal.
+        at_least: Smallest allowed number.
+        above: The number has to be larger than this.
+        in_key: Whether a job's result depends on it, and so the job key does.
+        per_sweep: Whether it holds for the whole sweep and cannot be swept.
+    """
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    in_key: bool = True
+    per_sweep: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One configuration. `rules.resolve` makes one without "auto" and without open defaults from the one asked for."""
+
+    model: Annotated[
+        str,
+        Rule(
+            meaning="Task and architecture; auto is t2v-1.3B where there is an NVIDIA GPU, else tiny on the CPU.",
+            choices=(AUTO, *MODELS),
+        ),
+    ] = AUTO
+    ckpt_dir: Annotated[
+        str | None,
+        Rule(meaning="Official checkpoint folder; null takes seeded random weights of the same shapes and dtypes."),
+    ] = None
+    weights_seed: Annotated[int, Rule(meaning="Seed of the random weights.", at_least=0)] = 0
+    mode: Annotated[Mode, Rule(meaning="How to get the numbers; auto measures.")] = "auto"
+    device: Annotated[Device, Rule(meaning="Where to measure; auto takes the GPU if there is one.")] = "auto"
+    precision: Annotated[Precision, Rule(meaning="Weights and compute of the DiT.")] = "fp16"
+    t5_precision: Annotated[Precision, Rule(meaning="Weights and compute of the text encoder.")] = "bf16"
+    vae_precision: Annotated[Precision, Rule(meaning="Weights and compute of the VAE.")] = "fp32"
+    load_strategy: Annotated[
+        LoadStrategy,
+        Rule(
+            meaning="full moves whole components to the device; block brings transformer blocks in ahead of their use."
+        ),
+    ] = "full"
+    offload: Annotated[bool, Rule(meaning="Each component leaves the device when its phase ends.")] = False
+    t5_cpu: Annotated[bool, Rule(meaning="The text encoder runs on the CPU.")] = False
+    attention_slicing: Annotated[
+        bool | int, Rule(meaning="Attention in slices: false, true (a fitting number), or the number.", at_least=1)
+    ] = False
+    gradient_checkpointing: Annotated[
+        bool, Rule(meaning="Recompute blocks; matters only when gradients are kept, and the report says so.")
+    ] = False
+    batch_size: Annotated[int, Rule(meaning="Videos per job.", at_least=1)] = 1
+    micro_batch_size: Annotated[int, Rule(meaning="Videos that share one forward of the DiT.", at_least=1)] = 1
+    ulysses_size: Annotated[int, Rule(meaning="Ranks that share the heads of attention.", at_least=1)] = 1
+    ring_size: Annotated[int, Rule(meaning="Ranks that pass keys and values around.", at_least=1)] = 1
+    dit_fsdp: Annotated[bool, Rule(meaning="Shard the DiT's weights over the ranks.")] = False
+    t5_fsdp: Annotated[bool, Rule(meaning="Shard the text encoder's weights over the ranks.")] = False
+    memory_limit_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="Play a smaller card: limit of the device allocator, on a CPU of the worker's data; null is none.",
+            above=0,
+        ),
+    ] = None
+    size: Annotated[str | None, Rule(meaning="WIDTH*HEIGHT in pixels; null is the model's default.")] = None
+    frame_num: Annotated[int | None, Rule(meaning="Frames, of the form 4n+1; null is the model's default.")] = None
+    prompt: Annotated[str | None, Rule(meaning="What to show; null is a built-in example.")] = None
+    base_seed: Annotated[int, Rule(meaning="Seed of the noise, the same in all jobs so that they compare.")] = 42
+    sample_solver: Annotated[Solver, Rule(meaning="The sampler.")] = "unipc"
+    sample_steps: Annotated[int | None, Rule(meaning="Denoising steps; null is the model's default.")] = None
+    sample_shift: Annotated[float | None, Rule(meaning="Shift of the noise schedule; null is the model's default.")] = (
+        None
+    )
+    sample_guide_scale: Annotated[
+        float | None, Rule(meaning="Classifier-free guidance; 1 switches it off, null is the model's default.")
+    ] = None
+    block_events: Annotated[
+        bool, Rule(meaning="Listen at every transformer block; costs some time, which the numbers then contain.")
+    ] = False
+    repeats: Annotated[
+        int,
+        Rule(meaning="Run each job so many times, round by round.", at_least=1, in_key=False, per_sweep=True),
+    ] = 1
+    name: Annotated[
+        str, Rule(meaning="The sweep's name, a folder under output_root.", in_key=False, per_sweep=True)
+    ] = "sweep"
+    description: Annotated[
+        str | None, Rule(meaning="What the sweep is for, in a sentence.", in_key=False, per_sweep=True)
+    ] = None
+    output_root: Annotated[
+        str, Rule(meaning="Where results go, from the folder of the start.", in_key=False, per_sweep=True)
+    ] = "outputs"
+    experiment_name: Annotated[str, Rule(meaning="Experiment in MLflow.", in_key=False, per_sweep=True)] = "wan-sweep"
+    track: Annotated[bool, Rule(meaning="Log to MLflow.", in_key=False, per_sweep=True)] = True
+    timeout_s: Annotated[
+        float | None, Rule(meaning="Longest wall time of a job in seconds; null is no limit.", above=0, in_key=False)
+    ] = None
+    stall_timeout_s: Annotated[
+        float | None,
+        Rule(
+            meaning="Longest silence of a job in seconds before it is stopped; null is no limit.", above=0, in_key=False
+        ),
+    ] = 900.0
+    resume: Annotated[
+        bool, Rule(meaning="Take over what is done already; false measures again.", in_key=False, per_sweep=True)
+    ] = True
+    retry_failed: Annotated[
+        bool,
+        Rule(
+            meaning="When resuming, run jobs again that were not ok (oom, failed, timeout).",
+            in_key=False,
+            per_sweep=True,
+        ),
+    ] = True
+    save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
+    plan: Annotated[bool, Rule(meaning="List the jobs and stop.", in_key=False, per_sweep=True)] = False
+
+    def to_dict(self) -> dict[str, Scalar]:
+        """Knobs by name."""
+        return {knob.name: getattr(self, knob.name) for knob in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From what `to_dict` made; keys that are no knobs are passed over, absent ones keep their default."""
+        return cls(**{name: values[name] for name in KNOBS if name in values})
+
+    def replace(self, **changes: Scalar) -> Self:
+        """The same job with some knobs changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One row of the table."""
+
+    name: str
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...]
+    optional: bool
+    default: Scalar
+    rule: Rule
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, such as "fp16, bf16 or fp32"."""
+        words = list(self.choices)
+        if bool in self.kinds:
+            words += ["true", "false"]
+        if int in self.kinds or float in self.kinds:
+            noun = "a whole number" if int in self.kinds else "a number"
+            if self.rule.at_least is not None:
+                noun += f" of at least {self.rule.at_least:g}"
+            if self.rule.above is not None:
+                noun += f" above {self.rule.above:g}"
+            words.append(noun)
+        if str in self.kinds and not self.choices:
+            words.append("text")
+        if self.optional:
+            words.append("null")
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _knob(field: dataclasses.Field[Any], hint: object) -> Knob:
+    base, rule = get_args(hint)
+    members = [base] if get_origin(base) is Literal or isinstance(base, type) else list(get_args(base))
+    choices = tuple(rule.choices)
+    kinds: list[type] = []
+    for member in members:
+        if get_origin(member) is Literal:
+            choices += get_args(member)
+            kinds.append(str)
+        elif member is not NoneType:
+            kinds.append(member)
+    return Knob(
+        name=field.name,
+        kinds=tuple(kinds),
+        choices=choices,
+        optional=NoneType in members,
+        default=None if field.default is dataclasses.MISSING else field.default,
+        rule=rule,
+    )
+
+
+def _table() -> Mapping[str, Knob]:
+    hints = get_type_hints(Job, include_extras=True)
+    return MappingProxyType({field.name: _knob(field, hints[field.name]) for field in dataclasses.fields(Job)})
+
+
+KNOBS: Mapping[str, Knob] = _table()
+
+
+def digest(values: object) -> str:
+    """Twelve hex digits that change when any of the values does."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
+
+
+def job_key(job: Job, repeat: int, *, weights: str | None = None) -> str:
+    """The identity of a resolved job: what its result depends on, and which of its repeats it is.
+
+    Args:
+        job: The job, resolved.
+        repeat: Which round of the repeats, from 0.
+        weights: Fingerprint of the checkpoint folder, which then counts in place of its path.
+    """
+    values = {name: getattr(job, name) for name, knob in KNOBS.items() if knob.rule.in_key}
+    values["ckpt_dir"] = weights or job.ckpt_dir
+    return digest({"knobs": values, "repeat": repeat})
+
+
+def asked_key(job: Job, repeat: int) -> str:
+    """The identity of a job as it was asked for, before "auto" and defaults were resolved on some machine."""
+    return digest({"asked": job.to_dict(), "repeat": repeat})
+
+
+def text(value: Scalar) -> str:
+    """A knob's value as one writes it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return str(value)
+
+
+def knobs_help() -> str:
+    """The table of knobs, as plain text for the help page."""
+    lines = []
+    for knob in KNOBS.values():
+        lines += [f"  {knob.name}={text(knob.default)}", f"      {knob.rule.meaning}", f"      {knob.allowed}"]
+    return "\n".join(lines)

@@ -30,21 +30,24 @@ def save_video(frames: torch.Tensor, path: Path) -> None:
     """Writes [T, H, W, 3] uint8 as an mp4 (H.264, 16 frames a second), whole or not at all.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or ffmpeg did not write all of it.
     """
-    import imageio.v3 as imageio
+    import imageio_ffmpeg
 
+    num_frames, height, width = frames.shape[:3]
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        imageio.imwrite(
-            part,
-            frames.numpy(),
-            plugin="FFMPEG",
-            fps=SAMPLE_FPS,
-            codec="libx264",
-            quality=VIDEO_QUALITY,
-            ffmpeg_log_level="error",
+        writer = imageio_ffmpeg.write_frames(
+            str(part), (width, height), fps=SAMPLE_FPS, codec="libx264", quality=VIDEO_QUALITY, ffmpeg_log_level="error"
         )
+        writer.send(None)
+        for frame in frames:
+            writer.send(frame.numpy().tobytes())
+        writer.close()
+        # The writer does not look at ffmpeg's exit code, so a disk that was full at the end would go unnoticed.
+        written = imageio_ffmpeg.count_frames_and_secs(str(part))[0] if part.exists() else 0
+        if written != num_frames:
+            raise OSError(f"{path}: ffmpeg wrote {written} of {num_frames} frames; is the disk full?")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from wan_sweep.plan import Plan, make_plan
 from wan_sweep.preview import print_plan
 from wan_sweep.record import Outcome, Record
 from wan_sweep.schema import Job, Scalar, asked_key
-from wan_sweep.store import write_record
+from wan_sweep.store import PLAN_FILE, write_record
 
 NO_GPU = Machine(torch_version="2.13.0+cpu")
 H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0, num_processes=0)
@@ -55,6 +55,7 @@ def leave_record(plan: Plan, root: Path, *, outcome: Outcome = "ok", kind: str =
         environment=plan.environment,
     )
     write_record(folder, record)
+    (folder.parent / PLAN_FILE).touch()
     return folder
 
 

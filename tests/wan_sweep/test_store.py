@@ -10,6 +10,7 @@ from wan_sweep.errors import FolderError, RecordError
 from wan_sweep.record import Record
 from wan_sweep.schema import Job, Scalar
 from wan_sweep.store import (
+    PLAN_FILE,
     create_sweep_folder,
     read_json,
     records_with,
@@ -99,6 +100,9 @@ def test_records_are_found_by_key_across_sweeps(tmp_path: Path) -> None:
     write_record(tmp_path / "a" / "1" / "1_x", RECORD)
     write_record(tmp_path / "b" / "2" / "1_x", replace(RECORD, key="ffffffffffff"))
     write_record(tmp_path / "b" / "3" / "1_x", replace(RECORD, reason="mentions ffffffffffff only"))
+    write_record(tmp_path / "mlartifacts" / "run" / "artifacts", replace(RECORD, key="ffffffffffff"))  # a copy
+    for sweep in ("a/1", "b/2", "b/3"):
+        (tmp_path / sweep / PLAN_FILE).touch()
     (tmp_path / "b" / "4" / "1_x").mkdir(parents=True)
     (tmp_path / "b" / "4" / "1_x" / "record.json").write_text('{"key": "ffffffffffff"')
     assert [tmp_path / "b" / "2" / "1_x"] == [path for path, _ in records_with(tmp_path, {"ffffffffffff"})]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from wan_sweep.measure.failure import explain
 from wan_sweep.schema import Job
 
 EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
@@ -53,21 +54,6 @@ def limit_memory(job: Job) -> int | None:
 
         resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
     return num_bytes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the device or on the host."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error, short enough for a table."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[0]}"[:500]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -147,12 +133,7 @@ def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
                         save_video(video, folder / f"video{suffix}.mp4")
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome
             traceback.print_exc()
-            outcome = "oom" if is_out_of_memory(error) else "failed"
-            result |= {
-                "outcome": outcome,
-                "reason": first_line(error),
-                "failure": {"message": str(error)[:4000], **(recorder.failed_at or {})},
-            }
+            result |= explain(error, recorder.failed_at, memory_limit)
         metrics, series = recorder.metrics(), recorder.series()
     result |= {"metrics": metrics, "series": series, "warnings": recorder.warnings}
     result["ranks"] = [{"rank": 0, "metrics": metrics, "series": series}]
@@ -170,7 +151,7 @@ def main(arguments: list[str]) -> int:
             result = run(job, folder, events)
         except Exception as error:  # noqa: BLE001  # before the pipeline began
             traceback.print_exc()
-            result = {"outcome": "failed", "reason": first_line(error), "failure": {"message": str(error)[:4000]}}
+            result = explain(error, None, None)
     write_json(folder / "measurement.json", result)
     return EXIT_CODES[result["outcome"]]
 

@@ -172,6 +172,7 @@ def test_a_failure_is_placed_and_the_numbers_until_then_are_kept() -> None:
         "step": 1,
         "num_steps": 9,
         "resident_components_bytes": {"dit": 4},
+        "allocated_bytes": 99,
     }
     assert recorder.metrics()["memory/peak/allocated_bytes"] == 99
 

@@ -5,6 +5,7 @@ were open during the interval; so the peak of a phase, of each step and of each 
 (docs/memory.md). Times exclude what the reading itself costs.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -173,6 +174,8 @@ class Recorder:
                 if frame.span.total is not None:
                     self.failed_at[f"num_{frame.span.kind}s"] = frame.span.total
         self.failed_at["resident_components_bytes"] = dict(self._residents)
+        with contextlib.suppress(MemoryError):  # reading costs host memory, which may be what has run out
+            self.failed_at["allocated_bytes"] = self._runtime.memory().allocated_bytes
 
     def _write(
         self, event: str, span: Span, memory: Memory, *, seconds: float | None = None, frame: Frame | None = None

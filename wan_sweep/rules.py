@@ -47,6 +47,8 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         )
         _check_parallel(job, model_spec(model), machine)
         _check_device(job, machine)
+        if job.ckpt_dir is not None:
+            job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         return Resolved(job=job, weights=_check_checkpoint(job, model_spec(model)))
     except WanError as error:
         return Resolved(job=job, refusal=str(error))

@@ -129,7 +129,7 @@ class Job:
         Rule(
             meaning="Longest silence of a job in seconds before it is stopped; null is no limit.", above=0, in_key=False
         ),
-    ] = 900.0
+    ] = 1800.0
     resume: Annotated[
         bool, Rule(meaning="Take over what is done already; false measures again.", in_key=False, per_sweep=True)
     ] = True

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from wan_sweep.measure.failure import explain
 from wan_sweep.schema import Job
+from wan_sweep.units import GIB
 
 EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
 PR_SET_PDEATHSIG = 1
@@ -44,16 +45,16 @@ def die_with_parent() -> None:
             sys.exit(1)
 
 
-def limit_memory(job: Job) -> int | None:
-    """The device allocator's limit in bytes; on a CPU the process itself is limited."""
-    if job.memory_limit_gib is None:
-        return None
-    num_bytes = int(job.memory_limit_gib * 2**30)
-    if job.device == "cpu":
-        import resource
+def memory_limit_bytes(job: Job) -> int | None:
+    """The job's limit, if it has one."""
+    return None if job.memory_limit_gib is None else int(job.memory_limit_gib * GIB)
 
-        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
-    return num_bytes
+
+def limit_this_process(num_bytes: int) -> None:
+    """Lets this process have no more data memory than this; what a limit means on a CPU."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def counting(runtime: object) -> Iterator[None]:
 
 def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
     """Runs a job; what it returns goes to measurement.json."""
-    memory_limit = limit_memory(job)
+    memory_limit = memory_limit_bytes(job)
     from wan21.assets import open_assets
     from wan21.config import idle_knobs
     from wan21.events import Span
@@ -108,7 +109,10 @@ def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
     from wan_sweep.measure.recorder import Recorder
 
     spec, request, options = build_spec(job), build_request(job), build_options(job)
-    runtime = make_runtime(job.device, memory_limit_bytes=memory_limit)
+    is_on_cpu = job.device == "cpu"
+    runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else memory_limit)
+    if is_on_cpu and memory_limit is not None:
+        limit_this_process(memory_limit)
     assets = open_assets(spec, options, runtime)
     result: dict[str, Any] = {
         "outcome": "ok",
@@ -116,7 +120,7 @@ def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
         "failure": None,
         "weights": assets.description,
         "environment": torch_environment(job.device),
-        "idle_knobs": idle_knobs(options, request, job.device),
+        "idle_knobs": idle_knobs(options, job.device),
         "ranks": [],
     }
     with counting(runtime):

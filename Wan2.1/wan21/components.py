@@ -76,10 +76,10 @@ class Components:
         with torch.device("meta"):
             module = build()
         blocks = getattr(module, "blocks", None)
-        is_streamed = self._options.load_strategy == "block" and blocks is not None and device == self._runtime.device
+        may_stream = self._options.load_strategy == "block" and device == self._runtime.device
         with open_source() as source:
             check_names(module, source)
-            if is_streamed and isinstance(blocks, nn.ModuleList):
+            if may_stream and isinstance(blocks, nn.ModuleList):
                 # The blocks stay where they are needed as a pattern; what is materialized is everything else.
                 pattern, num_blocks = blocks[0], len(blocks)
                 module.blocks = nn.ModuleList()

@@ -6,7 +6,7 @@ Reference: Wan2.1 (arXiv 2503.20314) and the released checkpoints' sizes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wan21.errors import UsageError
@@ -235,7 +235,7 @@ def make_request(
             "and micro_batch_size is at most batch_size"
         )
     return Request(
-        prompt=prompt or EXAMPLE_PROMPT,
+        prompt=EXAMPLE_PROMPT if prompt is None else prompt,
         negative_prompt=negative_prompt or spec.negative_prompt,
         shape=VideoShape(num_frames=frame_num, height=height, width=width),
         solver=solver,  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ class Options:
     attention_slices: int | Literal["auto"] = 1
     gradient_checkpointing: bool = False
     ckpt_dir: str | None = None
-    weights_seed: int = field(default=0)
+    weights_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("precision", "t5_precision", "vae_precision"):
@@ -278,13 +278,11 @@ class Options:
             )
 
 
-def idle_knobs(options: Options, request: Request, device: str) -> dict[str, str]:
+def idle_knobs(options: Options, device: str) -> dict[str, str]:
     """Knobs that are set and change nothing in this run, each with the reason."""
     idle = {}
     if options.gradient_checkpointing:
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
     if options.t5_cpu and device == "cpu":
         idle["t5_cpu"] = "the whole job already runs on the CPU"
-    if request.micro_batch_size > 1 and request.batch_size == 1:
-        idle["micro_batch_size"] = "batch_size is 1"
     return idle

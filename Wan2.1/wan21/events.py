@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Kind = Literal["phase", "component", "release", "step", "block"]
+Kind = Literal["phase", "component", "release", "step", "video", "block"]
 
 PHASES = ("load", "encode_text", "encode_image", "denoise", "decode", "save")
 
@@ -21,7 +21,7 @@ class Span:
     A phase is one of PHASES and may occur several times. A component span lies inside the phase "load"; its name is
     that of the component and `expected_bytes` the sum of its parameters' bytes that arrive on the device. A release
     span surrounds the dropping of the component of that name and lies between phases. Steps count from 0 to
-    `total` - 1 over the whole phase (all micro batches); blocks count within one forward.
+    `total` - 1 over the whole phase (all micro batches), videos within decode, and blocks within one forward.
     """
 
     kind: Kind

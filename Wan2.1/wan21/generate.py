@@ -170,7 +170,7 @@ def generate_to(path: Path, spec: ModelSpec, request: Request, options: Options,
     runtime = make_runtime(device)
     assets = open_assets(spec, options, runtime)
     console.print(f"{spec.name} on {device}, {options.precision}, weights: {assets.description}, seed {request.seed}")
-    for knob, reason in idle_knobs(options, request, runtime.device.type).items():
+    for knob, reason in idle_knobs(options, runtime.device.type).items():
         console.print(f"{knob} changes nothing: {reason}")
     bars = ProgressBars()
     with bars.display:

@@ -5,7 +5,8 @@ Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt token
 Reference: Wan2.1 (arXiv 2503.20314).
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +84,8 @@ class TextToVideo:
                 self._t5 = self._t5 or self._components.t5()
                 self._dit = self._dit or self._components.dit()
                 self._vae = self._vae or self._components.vae()
-        prompts = self._encode_text([request.prompt, request.negative_prompt])
-        conditioned, unconditioned = prompts if request.guide_scale != 1 else (prompts[0], None)
-        latents = self._denoise(request, conditioned, unconditioned)
+        texts = [request.prompt] if request.guide_scale == 1 else [request.prompt, request.negative_prompt]
+        latents = self._denoise(request, self._encode_text(texts))
         videos = self._decode(latents)
         seeds = [request.seed + i for i in range(request.batch_size)]
         return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
@@ -95,60 +95,53 @@ class TextToVideo:
         for name in COMPONENTS:
             if getattr(self, f"_{name}") is not None:
                 with self._observer.span(Span(kind="release", name=name)):
+                    self._runtime.synchronize()  # a copy into the component's buffers may be on its way
                     setattr(self, f"_{name}", None)
-                    self._runtime.synchronize()
                     self._runtime.empty_cache()
 
     def _phase(self, name: str) -> AbstractContextManager[object]:
         return self._observer.span(Span(kind="phase", name=name))
 
-    def _leave(self) -> None:
-        """With offload, drops what the phase that has ended needed."""
-        if self._options.offload:
-            self.close()
+    @contextmanager
+    def _stay(self) -> Iterator[None]:
+        """With offload, what came for a phase leaves with it, also when the phase fails."""
+        try:
+            yield
+        finally:
+            if self._options.offload:
+                self.close()
 
     def _encode_text(self, texts: list[str]) -> list[torch.Tensor]:
         """T5's output for each text: [S, text width] on the pipeline's device."""
-        if self._t5 is None:
-            with self._phase("load"):
-                self._t5 = self._components.t5()
-        with self._phase("encode_text"):
-            prompts = [self._encode_one(self._t5, text) for text in texts]
-        self._leave()
-        return prompts
+        with self._stay():
+            if self._t5 is None:
+                with self._phase("load"):
+                    self._t5 = self._components.t5()
+            with self._phase("encode_text"):
+                return [self._encode_one(self._t5, text) for text in texts]
 
     def _encode_one(self, t5: Component[TextEncoder], text: str) -> torch.Tensor:
         ids = torch.tensor([self._tokenizer(text)], device=t5.device)
         encoded = t5.module(ids, blocks=blocks_to_run(t5, self._observer))[0]
         return encoded.to(self._runtime.device)
 
-    def _denoise(
-        self, request: Request, conditioned: torch.Tensor, unconditioned: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Latents of each video: [1, C, t, h, w], float32."""
-        if self._dit is None:
-            with self._phase("load"):
-                self._dit = self._components.dit()
-        with self._phase("denoise"):
-            latents = self._sample(self._dit, request, conditioned, unconditioned)
-        self._leave()
-        return latents
+    def _denoise(self, request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
+        with self._stay():
+            if self._dit is None:
+                with self._phase("load"):
+                    self._dit = self._components.dit()
+            with self._phase("denoise"):
+                return self._sample(self._dit, request, prompts)
 
-    def _sample(
-        self,
-        dit: Component[Dit],
-        request: Request,
-        conditioned: torch.Tensor,
-        unconditioned: torch.Tensor | None,
-    ) -> list[torch.Tensor]:
+    def _sample(self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
         model = dit.module
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, request.shape.num_tokens),
             gradient_checkpointing=self._options.gradient_checkpointing,
         )
         turns = model.rotations(request.shape.grid, self._runtime.device)
-        context = model.embed_text([conditioned])
-        negative = model.embed_text([unconditioned]) if unconditioned is not None else None
+        contexts = [model.embed_text([prompt]) for prompt in prompts]
         groups = [
             range(first, min(first + request.micro_batch_size, request.batch_size))
             for first in range(0, request.batch_size, request.micro_batch_size)
@@ -158,8 +151,7 @@ class TextToVideo:
         for group_index, group in enumerate(groups):
             sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
-            group_context = context.expand(len(group), -1, -1)
-            group_negative = negative.expand(len(group), -1, -1) if negative is not None else None
+            conditioned, *negative = (context.expand(len(group), -1, -1) for context in contexts)
             for index, timestep in enumerate(sampler.timesteps):
                 step = group_index * request.num_steps + index
                 with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
@@ -170,7 +162,7 @@ class TextToVideo:
                         blocks = blocks_to_run(dit, self._observer)
                         return model(sample, timestep, context, turns=turns, blocks=blocks, plan=plan)
 
-                    flow = guided(velocity, group_context, group_negative, request.guide_scale)
+                    flow = guided(velocity, conditioned, negative[0] if negative else None, request.guide_scale)
                     sample = sampler.step(flow, sample)
                     del flow
             finished += sample.split(1)
@@ -184,12 +176,15 @@ class TextToVideo:
 
     def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each video as [T, H, W, 3], uint8, on the host; frames leave the device as they are decoded."""
-        if self._vae is None:
-            with self._phase("load"):
-                self._vae = self._components.vae()
-        with self._phase("decode"):
-            videos = [self._decode_one(self._vae.module, latent) for latent in latents]
-        self._leave()
+        videos = []
+        with self._stay():
+            if self._vae is None:
+                with self._phase("load"):
+                    self._vae = self._components.vae()
+            with self._phase("decode"):
+                for index, latent in enumerate(latents):
+                    with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
+                        videos.append(self._decode_one(self._vae.module, latent))
         return videos
 
     def _decode_one(self, vae: Vae, latent: torch.Tensor) -> torch.Tensor:
@@ -197,6 +192,7 @@ class TextToVideo:
         first = 0
         for chunk in vae.decode_chunks(latent):
             frames = to_uint8(chunk[0], is_image=self._spec.is_image).cpu()
+            del chunk  # or it would stand beside the next one
             if video is None:
                 num_frames = (latent.shape[2] - 1) * TEMPORAL_STRIDE + 1
                 video = torch.empty(num_frames, *frames.shape[1:], dtype=torch.uint8)

@@ -45,6 +45,8 @@ class Runtime(ABC):
     """What differs between a CPU and a GPU."""
 
     device: torch.device
+    is_asynchronous: bool
+    """Whether the device works on while the host goes ahead."""
 
     @abstractmethod
     def generator(self, seed: int) -> torch.Generator:
@@ -124,8 +126,8 @@ class _HostPages:
     def allocate(self, num_bytes: int, pin: Callable[[torch.Tensor], Callable[[], None]] | None = None) -> torch.Tensor:
         pages = mmap.mmap(-1, -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
-        self.num_bytes += len(pages)
         unpin = pin(buffer) if pin is not None else None
+        self.num_bytes += len(pages)
         weakref.finalize(buffer.untyped_storage(), self._release, len(pages), unpin)
         return buffer[:num_bytes]
 
@@ -181,6 +183,8 @@ class CudaRuntime(Runtime):
     Raises:
         UsageError: no such device is visible.
     """
+
+    is_asynchronous = True
 
     def __init__(self, index: int = 0, *, memory_limit_bytes: int | None = None) -> None:
         if index >= torch.cuda.device_count():
@@ -304,8 +308,10 @@ class _AllocationCounter:
             return
         self._is_on = False
         events = _profiler._disable_profiler().events()  # noqa: SLF001
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        for _, num_bytes in changes:
+        memory_events = [event for event in events if event.name() == "[memory]"]
+        memory_events.sort(key=lambda event: event.start_ns())  # stable: events of one instant stay in their order
+        for event in memory_events:
+            num_bytes = event.nbytes()
             self.current += num_bytes
             self.peak = max(self.peak, self.current)
 
@@ -315,6 +321,8 @@ class CpuRuntime(Runtime):
 
     Counting begins with `counting()`; outside of it the counters stand still, so that a plain run pays nothing.
     """
+
+    is_asynchronous = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -383,9 +391,14 @@ def make_runtime(device: str, *, memory_limit_bytes: int | None = None) -> Runti
     """The runtime for "cuda" (the first visible device), "cuda:N" or "cpu".
 
     Raises:
-        UsageError: the device is unknown or not there.
+        UsageError: the device is unknown or not there, or a limit is asked of the CPU's allocator, which has none.
     """
     if device == "cpu":
+        if memory_limit_bytes is not None:
+            raise UsageError(
+                f"memory_limit_bytes={memory_limit_bytes} cannot be on device=cpu: torch's allocator there takes no "
+                "limit; limit the process instead"
+            )
         return CpuRuntime()
     name, _, index = device.partition(":")
     if name != "cuda" or (index and not index.isdigit()):

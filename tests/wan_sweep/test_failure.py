@@ -1,5 +1,7 @@
 """Reasons that a person can act on, from what torch says."""
 
+import errno
+
 import pytest
 import torch
 
@@ -39,6 +41,14 @@ def test_memory_of_the_host_counts_too() -> None:
         "out of memory in load, t5: 25.3 MiB more were asked for"
     )
     assert explain(MemoryError(), None, None)["reason"] == "out of memory"
+    assert explain(OSError(errno.ENOMEM, "Cannot allocate memory"), None, None)["outcome"] == "oom"
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+)
+def test_libraries_run_out_of_memory_in_their_own_words(message: str) -> None:
+    assert explain(RuntimeError(message), None, None)["outcome"] == "oom"
 
 
 def test_anything_else_is_a_failure_with_its_first_line() -> None:

@@ -1,22 +1,23 @@
 """Why a job did not come to its end: memory that ran out, or anything else."""
 
+import errno
 import re
 from typing import Any
 
 from wan_sweep.units import GIB, KIB, MIB, format_bytes
 
 UNITS = {"bytes": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+SAYS_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED")
 LONGEST_MESSAGE = 4000
 LONGEST_REASON = 300
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the device or on the host."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    # torch's own class is a RuntimeError; asking for it would import torch, perhaps where that is what has failed.
+    return isinstance(error, RuntimeError) and SAYS_OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def request_bytes(message: str) -> int | None:

@@ -6,7 +6,6 @@ were open during the interval; so the peak of a phase, of each step and of each 
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from typing import Any, Protocol
 from wan21.events import Span
 from wan21.runtime import Memory, Runtime
 from wan_sweep.measure.host import resident_bytes, resident_peak_bytes
-
-logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -98,19 +95,19 @@ class Recorder:
             self._end(frame)
 
     def _begin(self, span: Span) -> Frame:
+        self._wait(span)  # before the clock starts: work that is queued belongs to the spans around
         began = time.perf_counter()
         memory = self._boundary(span)
         frame = Frame(span, memory, 0.0, 0.0, residents=dict(self._residents))
         self._open.append(frame)
         self._write("begin", span, memory)
-        self._own_seconds += time.perf_counter() - began
+        self._book_own(span, time.perf_counter() - began)
         frame.own_seconds_before = self._own_seconds
         frame.started = time.perf_counter()
         return frame
 
     def _end(self, frame: Frame) -> None:
-        if self.failed_at is None and frame.span.kind != "block":
-            self._runtime.synchronize()
+        self._wait(frame.span)
         ended = time.perf_counter()
         seconds = ended - frame.started - (self._own_seconds - frame.own_seconds_before)
         memory = self._boundary(frame.span)
@@ -118,12 +115,23 @@ class Recorder:
         if self.failed_at is None:
             self._book(frame, memory, seconds)
         self._write("end", frame.span, memory, seconds=seconds, frame=frame)
-        self._own_seconds += time.perf_counter() - ended
+        self._book_own(frame.span, time.perf_counter() - ended)
+
+    def _is_waited_for(self, span: Span) -> bool:
+        """Whether times at this span's boundaries are the device's: blocks do not stop a GPU."""
+        return span.kind != "block" or not self._runtime.is_asynchronous
+
+    def _wait(self, span: Span) -> None:
+        if self.failed_at is None and self._is_waited_for(span):
+            self._runtime.synchronize()
+
+    def _book_own(self, span: Span, seconds: float) -> None:
+        """Takes what a reading cost out of the times around it, unless the device worked on meanwhile."""
+        if self._is_waited_for(span):
+            self._own_seconds += seconds
 
     def _boundary(self, span: Span) -> Memory:
         """Closes an interval: its peaks go to all open spans, and a new one starts."""
-        if self.failed_at is None and span.kind != "block":
-            self._runtime.synchronize()
         memory = self._runtime.memory()
         self._runtime.reset_memory_peaks()
         for frame in self._open:
@@ -159,7 +167,9 @@ class Recorder:
             totals = self._phases.setdefault(span.name, PhaseTotals())
             totals.seconds += seconds
             totals.reserved_peak = max(totals.reserved_peak, frame.reserved_peak)
-            totals.activation = max(totals.activation, frame.allocated_peak - frame.start.allocated_bytes)
+            arrived = 0 if span.name != "load" else memory.allocated_bytes - frame.start.allocated_bytes
+            activation = frame.allocated_peak - frame.start.allocated_bytes - arrived
+            totals.activation = max(totals.activation, activation)
             if frame.allocated_peak >= totals.allocated_peak:
                 totals.allocated_peak = frame.allocated_peak
                 totals.residents = dict(self._residents) if span.name == "load" else frame.residents
@@ -193,7 +203,7 @@ class Recorder:
         }
         if frame is not None:
             line |= {
-                "seconds": seconds,
+                "seconds": seconds if self._is_waited_for(span) else None,
                 "requested_peak_bytes": frame.requested_peak,
                 "allocated_peak_bytes": frame.allocated_peak,
                 "reserved_peak_bytes": frame.reserved_peak,

@@ -36,29 +36,33 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, turns: torch.Tensor, query_slices: int
+        self,
+        residual: torch.Tensor,
+        time: torch.Tensor,
+        context: torch.Tensor,
+        turns: torch.Tensor,
+        query_slices: int,
+        norm_dtype: torch.dtype,
     ) -> torch.Tensor:
         """The residual after this block.
 
         Args:
-            x: [B, L, D]; float32, and written to, but for the first block, which gets the embedded tokens in the
-                compute dtype.
+            residual: [B, L, D], float32; written to unless gradients are kept.
             time: [B or 1, 6, D], float32; the projected timestep.
             context: [B, S, D] in the compute dtype.
             turns: rotary positions, [L, 1, K/2], complex64.
             query_slices: into how many slices self attention cuts its queries.
+            norm_dtype: what the first norm's output is rounded to.
 
         Returns:
             [B, L, D], float32.
         """
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + time).split(1, dim=1)
-        residual = x.float()  # the same tensor from the second block on
-        residual = self.self_attn(residual, x, Modulation(shift_sa, scale_sa, gate_sa), turns, query_slices)
-        del x
+        modulation = Modulation(shift_sa, scale_sa, gate_sa)
+        residual = self.self_attn(residual, modulation, turns, query_slices, norm_dtype)
         residual = self.cross_attn(residual, self.norm3, context)
         modulation = Modulation(shift_ffn, scale_ffn, gate_ffn)
-        num_rows = residual.shape[1]
-        for rows in row_slices(slice(0, num_rows), chunk_rows(num_rows)):
+        for rows in row_slices(slice(0, residual.shape[1]), chunk_rows(residual)):
             branch = self.ffn(modulated(residual[:, rows], modulation, self.eps, self.dtype))
             residual = add_branch(residual, rows, branch, modulation.gate)
             del branch

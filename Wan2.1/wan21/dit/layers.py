@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn import functional
 
@@ -21,16 +20,17 @@ from wan21.attention import attend
 from wan21.config import DitConfig
 from wan21.rope import rotate
 
-MOST_ROWS = 8192
-"""Tokens handled at once, at most: a GPU's matrix products run at full rate, and 32,760 or 75,600 are many times it."""
+MOST_ROWS = 4096
+"""Tokens handled at once, at most, all videos of a batch together: enough for a GPU's matrix products."""
 
 FEWEST_ROWS = 64
 """Below this the loop costs more than the memory is worth."""
 
 
-def chunk_rows(num_rows: int) -> int:
-    """How many of a video's tokens are handled at once: a quarter, within limits."""
-    return min(MOST_ROWS, max(FEWEST_ROWS, -(-num_rows // 4)))
+def chunk_rows(x: torch.Tensor) -> int:
+    """How many tokens of each video of [B, L, D] are handled at once: an eighth, within limits."""
+    batch_size, num_rows = x.shape[:2]
+    return max(FEWEST_ROWS, min(MOST_ROWS // batch_size, -(-num_rows // 8)))
 
 
 def row_slices(rows: slice, size: int) -> Iterator[slice]:
@@ -56,6 +56,7 @@ def by_rows(rows: slice, size: int, produce: Callable[[slice], tuple[torch.Tenso
             wholes = tuple(chunk.new_empty(chunk.shape[0], num_rows, *chunk.shape[2:]) for chunk in chunks)
         for whole, chunk in zip(wholes, chunks, strict=True):
             whole[:, part.start - rows.start : part.stop - rows.start] = chunk
+        del chunks, chunk, whole  # or they would stand beside the next ones
     if wholes is None:
         raise ValueError(f"rows={rows} is empty")
     return wholes
@@ -90,13 +91,27 @@ class RmsNorm(nn.Module):
 
 
 def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Layer norm without weights, computed in float32 and rounded to x's dtype: [B, L, D]."""
-    return F.layer_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+    """Layer norm of a float32 [B, L, D], without weights."""
+    return functional.layer_norm(x, (x.shape[-1],), eps=eps)
 
 
-def modulated(x: torch.Tensor, modulation: Modulation, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """The normed residual, scaled and shifted in float32, then rounded to the compute dtype: [B, L, D]."""
-    return torch.addcmul(modulation.shift, layer_norm(x, eps), 1 + modulation.scale).to(dtype)
+def modulated(
+    x: torch.Tensor, modulation: Modulation, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The normed residual, scaled and shifted in float32, then rounded to the compute dtype.
+
+    Args:
+        x: [B, L, D], float32.
+        modulation: shift and scale.
+        eps: of the norm.
+        dtype: of the result.
+        norm_dtype: what the norm's output is rounded to before it is scaled.
+
+    Returns:
+        [B, L, D].
+    """
+    normed = layer_norm(x, eps).to(norm_dtype)
+    return torch.addcmul(modulation.shift, normed, 1 + modulation.scale).to(dtype)
 
 
 def add_branch(
@@ -146,10 +161,10 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         residual: torch.Tensor,
-        entry: torch.Tensor,
         modulation: Modulation,
         turns: torch.Tensor,
         query_slices: int,
+        norm_dtype: torch.dtype,
     ) -> torch.Tensor:
         """The residual with this branch added.
 
@@ -159,10 +174,10 @@ class SelfAttention(nn.Module):
 
         Args:
             residual: [B, L, D], float32; written to.
-            entry: what the norm reads: the residual itself, or in the first block the tokens in the compute dtype.
             modulation: shift, scale and gate of this branch.
             turns: rotary positions, [L, 1, K/2], complex64.
             query_slices: into how many slices the queries are cut.
+            norm_dtype: what the norm's output is rounded to.
 
         Returns:
             [B, L, D], float32.
@@ -170,11 +185,11 @@ class SelfAttention(nn.Module):
         Memory: keys, values and one slice of queries and of outputs, [B, L, D] each in the compute dtype.
         """
         tokens = slice(0, residual.shape[1])
-        size = chunk_rows(residual.shape[1])
+        size = chunk_rows(residual)
         whole = query_slices == 1
 
         def project(rows: slice, *, keys: bool, queries: bool) -> tuple[torch.Tensor, ...]:
-            x = modulated(entry[:, rows], modulation, self.eps, self.q.weight.dtype)
+            x = modulated(residual[:, rows], modulation, self.eps, self.q.weight.dtype, norm_dtype)
             parts = []
             if keys:
                 parts += [self._rotated(self.k(x), self.norm_k, turns[rows]), self._heads(self.v(x))]
@@ -223,8 +238,7 @@ class CrossAttention(nn.Module):
         dtype = self.q.weight.dtype
         k = self.norm_k(self.k(context)).to(dtype).unflatten(-1, (self.num_heads, -1))
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
-        num_rows = residual.shape[1]
-        for rows in row_slices(slice(0, num_rows), chunk_rows(num_rows)):
+        for rows in row_slices(slice(0, residual.shape[1]), chunk_rows(residual)):
             q = self.norm_q(self.q(norm(residual[:, rows]).to(dtype))).to(dtype)
             attended = attend(q.unflatten(-1, (self.num_heads, -1)), k, v)
             residual = add_branch(residual, rows, self.o(attended))

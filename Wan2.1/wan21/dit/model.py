@@ -52,7 +52,7 @@ class Head(nn.Module):
         def patches(rows: slice) -> tuple[torch.Tensor]:
             return (self.head(torch.addcmul(shift, layer_norm(x[:, rows], self.eps), 1 + scale)),)
 
-        return by_rows(slice(0, x.shape[1]), chunk_rows(x.shape[1]), patches)[0]
+        return by_rows(slice(0, x.shape[1]), chunk_rows(x), patches)[0]
 
 
 class Dit(nn.Module):
@@ -142,11 +142,17 @@ class Dit(nn.Module):
             turns = self.rotations(grid, latents.device)
         time, modulations = self.embed_time(timestep, latents.device)
         x = self._patchify(latents, grid)
+        # Upstream's residual is in the compute dtype until the first addition; its values are the same in float32, but
+        # the first norm's output is rounded to it.
+        norm_dtype = self.dtype
         for block in self.blocks if blocks is None else blocks:
             if plan.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulations, context, turns, plan.query_slices, use_reentrant=False)
+                x = checkpoint(
+                    block, x, modulations, context, turns, plan.query_slices, norm_dtype, use_reentrant=False
+                )
             else:
-                x = block(x, modulations, context, turns, plan.query_slices)
+                x = block(x, modulations, context, turns, plan.query_slices, norm_dtype)
+            norm_dtype = torch.float32
         return self._unpatchify(self.head(x, time), grid)
 
     def _patchify(self, latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -154,7 +160,7 @@ class Dit(nn.Module):
         t, h, w = grid
         patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
         patches = patches.reshape(b, t * h * w, c * PATCH * PATCH)  # [B, L, C * 4], ordered as the kernel's weight
-        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
 
     def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         t, h, w = grid

@@ -84,6 +84,8 @@ class StreamedBlocks:
                 write(index, name, view)
             self._host.append(buffer)
         self._turn = 0
+        for slot in self._slots:  # what computed before in this memory has to be over, too
+            slot.done = self._stream.mark_current()
 
     @staticmethod
     def device_bytes_for(block: nn.Module, num_blocks: int) -> int:

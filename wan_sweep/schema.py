@@ -104,7 +104,7 @@ class Job:
         float | None, Rule(meaning="Classifier-free guidance; 1 switches it off, null is the model's default.")
     ] = None
     block_events: Annotated[
-        bool, Rule(meaning="Listen at every transformer block; costs some time, which the numbers then contain.")
+        bool, Rule(meaning="Listen at every transformer block; costs some time, which step times may contain.")
     ] = False
     repeats: Annotated[
         int,

@@ -1,12 +1,14 @@
 """The command line of wan21: one generation, with the flags of the official generate.py and a few more."""
 
 import argparse
+import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import (
     BarColumn,
@@ -19,7 +21,6 @@ from rich.progress import (
 )
 
 from wan21.config import (
-    EXAMPLE_PROMPT,
     LOAD_STRATEGIES,
     MODELS,
     PRECISIONS,
@@ -47,10 +48,10 @@ def truth(text: str) -> bool:
     return word in TRUE_WORDS
 
 
-def slices(text: str) -> int | None:
-    """Number of attention slices from "true", "false" or a number; None lets the pipeline choose."""
+def slices(text: str) -> int | Literal["auto"]:
+    """Number of attention slices from "true", "false" or a number; "auto" lets the pipeline choose."""
     if text.lower() in TRUE_WORDS[:4]:
-        return None
+        return "auto"
     if text.lower() in FALSE_WORDS[:4]:
         return 1
     if not text.isdigit() or int(text) < 1:
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="generate.py", description="Generate a video or an image with Wan2.1.")
     add = flags.add_argument
     add("--task", choices=tuple(MODELS), default="t2v-14B", help="model and task")
-    add("--size", help="WIDTH*HEIGHT in pixels; default: the task's first choice")
+    add("--size", help="WIDTH*HEIGHT in pixels; default: the task's")
     add("--frame_num", type=int, help="frames, of the form 4n+1; default: the task's")
     add("--ckpt_dir", required=True, help='official checkpoint folder, or "random" for seeded random weights')
     add("--offload_model", type=truth, default=True, help="components leave the device when not needed (true)")
@@ -74,11 +75,15 @@ def parser() -> argparse.ArgumentParser:
     add("--sample_solver", choices=SOLVERS, default="unipc", help="the sampler")
     add("--sample_steps", type=int, help="denoising steps; default: the task's")
     add("--sample_shift", type=float, help="shift of the noise schedule; default: the task's")
-    add("--sample_guide_scale", type=float, default=5.0, help="classifier-free guidance; 1 switches it off")
+    add("--sample_guide_scale", type=float, help="classifier-free guidance; 1 switches it off; default: the task's")
     add("--precision", choices=PRECISIONS, default="bf16", help="number format of the DiT")
     add("--load_strategy", choices=LOAD_STRATEGIES, default="full", help="block streams transformer blocks from host")
     add("--attention_slicing", type=slices, default=1, help="true, false or a number of slices")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks where gradients are kept")
+    for flag in ("--ulysses_size", "--ring_size"):
+        add(flag, type=int, default=1, help="ranks of sequence parallelism; this version runs one")
+    for flag in ("--t5_fsdp", "--dit_fsdp"):
+        add(flag, action="store_true", help="shard over ranks; this version runs one")
     add("--device", default=None, help="cuda, cuda:N or cpu; default: the GPU if there is one")
     return flags
 
@@ -122,8 +127,23 @@ def default_path(spec: ModelSpec, size: str, prompt: str) -> Path:
     return Path(f"{spec.name}_{size.replace('*', 'x')}_1_1_{words}_{stamp}{'.png' if spec.is_image else '.mp4'}")
 
 
+def refuse_several_ranks(flags: argparse.Namespace) -> None:
+    """Takes the official flags of parallelism at their defaults, and nothing else.
+
+    Raises:
+        UsageError: a flag asks for more than one rank.
+    """
+    for name in ("ulysses_size", "ring_size"):
+        if getattr(flags, name) != 1:
+            raise UsageError(f"{name}={getattr(flags, name)} needs several ranks, and this version runs one; choose 1")
+    for name in ("t5_fsdp", "dit_fsdp"):
+        if getattr(flags, name):
+            raise UsageError(f"{name} needs several ranks, and this version runs one; leave it out")
+
+
 def run(flags: argparse.Namespace) -> None:
     """Generates what the flags ask for and writes it."""
+    refuse_several_ranks(flags)
     spec = model_spec(flags.task)
     seed = flags.base_seed if flags.base_seed >= 0 else secrets.randbelow(2**63)
     request = make_request(
@@ -142,16 +162,18 @@ def run(flags: argparse.Namespace) -> None:
         offload=flags.offload_model,
         load_strategy=flags.load_strategy,
         t5_cpu=flags.t5_cpu,
-        attention_slices=flags.attention_slicing if flags.attention_slicing is not None else "auto",
+        attention_slices=flags.attention_slicing,
         gradient_checkpointing=flags.gradient_checkpointing,
         ckpt_dir=None if flags.ckpt_dir == "random" else flags.ckpt_dir,
     )
-    path = flags.save_file or default_path(spec, flags.size or spec.default_size, flags.prompt or EXAMPLE_PROMPT)
+    path = flags.save_file or default_path(spec, flags.size or spec.default_size, request.prompt)
     suffix = ".png" if spec.is_image else ".mp4"
     if path.suffix.lower() != suffix:
         raise UsageError(f"save_file={path} does not end in {suffix}, which {spec.name} writes; rename it")
     if not path.parent.is_dir():
         raise UsageError(f"save_file={path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"save_file={path}: the folder {path.parent} cannot be written; choose another")
     generate_to(path, spec, request, options, flags.device)
 
 
@@ -190,6 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(flags)
     except WanError as error:
-        print(f"generate.py: {error}", file=sys.stderr)  # noqa: T201  # this is the command line
-        return error.exit_code
+        return complain(str(error), error.exit_code)
+    except OSError as error:
+        return complain(f"{error.filename or flags.save_file}: {error.strerror or error}", 1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        way_out = "try --offload_model true --load_strategy block --attention_slicing true --t5_cpu, or a smaller size"
+        return complain(f"{str(error).splitlines()[0]}; {way_out}", 1)
     return 0
+
+
+def complain(message: str, exit_code: int) -> int:
+    """Tells what went wrong, and passes the exit code on."""
+    print(f"generate.py: {message}", file=sys.stderr)  # noqa: T201  # this is the command line
+    return exit_code

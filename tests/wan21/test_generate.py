@@ -70,6 +70,8 @@ def test_the_script_runs_from_any_folder_without_being_installed(folder: Path, t
         (["--ckpt_dir", "/nowhere"], ["/nowhere"]),
         (["--save_file", "out.png"], ["out.png", ".mp4"]),
         (["--save_file", "/nowhere/out.mp4"], ["/nowhere", "make it first"]),
+        (["--ulysses_size", "2"], ["ulysses_size=2", "choose 1"]),
+        (["--dit_fsdp"], ["dit_fsdp", "leave it out"]),
         (["--device", "tpu"], ["device=tpu", "cuda"]),
         (["--device", "cuda:9"], ["cuda:9", "device=cpu"]),
     ],
@@ -101,6 +103,7 @@ def test_truth_is_written_in_many_ways() -> None:
 def test_defaults_are_those_of_the_task() -> None:
     flags = parser().parse_args(["--ckpt_dir", "x"])
     assert flags.task == "t2v-14B"
-    assert flags.sample_guide_scale == 5.0
+    assert flags.sample_guide_scale is None
+    assert (flags.ulysses_size, flags.ring_size, flags.t5_fsdp, flags.dit_fsdp) == (1, 1, False, False)
     assert Options().precision == "fp16"
     assert flags.precision == "bf16"

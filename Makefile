@@ -18,7 +18,7 @@ ui: .venv/installed  ## MLflow's pages over outputs/, on this machine only
 	$(BIN)/python -m wan_sweep.track.ui $(ARGS)
 
 test: check  ## checks and all tests; what CI runs
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/installed-dev  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -25,7 +25,8 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _AFTER_THE_FACT = ("report", "track")
 
 # What a number depends on besides the job and the code.
-_FINGERPRINT = ("gpu", "driver", "cpu", "cpu_cores", "torch", "python", "allocator")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_FINGERPRINT = ("gpu", "driver", "cpu", "cpu_cores", "torch", "python", "allocator", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,7 @@ def describe(machine: Machine) -> dict[str, str]:
         "git_commit": commit,
         "git_dirty": ("true" if _git("status", "--porcelain", "--untracked-files=no") else "false") if commit else "",
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        "threads": ",".join(f"{name}={os.environ[name]}" for name in _THREAD_VARIABLES if name in os.environ),
         "allocator": ",".join(filter(None, map(os.environ.get, _ALLOCATOR_VARIABLES))),
     }
     values["fingerprint"] = fingerprint(values)

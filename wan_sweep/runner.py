@@ -18,6 +18,7 @@ from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.progress import Display
 from wan_sweep.record import FAILURES, RECORD_FILE, Record, load_record, load_records
 from wan_sweep.store import CONFIG_FILE, JOB_FILE, write_config, write_json, write_record
+from wan_sweep.units import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class Sweep:
         except OSError as error:
             self._problems.append(
                 f"The record of job {record.number} ({record.outcome}) could not be written: "
-                f"{error.strerror or error}; its numbers end with this process; make space and run the command again."
+                f"{error.strerror or error}{_in_brief(record)}; make space and run the command again."
             )
 
     def _publish(self, record: Record) -> None:
@@ -280,3 +281,11 @@ class Sweep:
             problem = f"{what}: {type(error).__name__}: {error}"
             if problem not in self._problems:
                 self._problems.append(problem)
+
+
+def _in_brief(record: Record) -> str:
+    """The numbers that a record would have kept, as far as there are any."""
+    peak, total = (record.metrics.get(name) for name in ("memory/peak/allocated_bytes", "time/total_s"))
+    if peak is None or total is None:
+        return ""
+    return f"; it had a peak of {format_bytes(peak)} allocated and took {format_seconds(total)}"

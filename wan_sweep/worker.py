@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
             result = run(job, folder, events)
         except Exception as error:  # noqa: BLE001  # before the pipeline began
             traceback.print_exc()
-            result = explain(error, None, None)
+            result = explain(error, None, memory_limit_bytes(job))
     write_json(folder / "measurement.json", result)
     return EXIT_CODES[result["outcome"]]
 

@@ -51,6 +51,12 @@ def test_libraries_run_out_of_memory_in_their_own_words(message: str) -> None:
     assert explain(RuntimeError(message), None, None)["outcome"] == "oom"
 
 
+def test_a_kernel_that_gets_no_memory_under_a_limit_is_out_of_memory_and_a_failure_without_one() -> None:
+    error = RuntimeError("could not create a primitive")
+    assert explain(error, None, 2**29)["outcome"] == "oom"
+    assert explain(error, None, None)["outcome"] == "failed"
+
+
 def test_anything_else_is_a_failure_with_its_first_line() -> None:
     told = explain(RuntimeError("could not create a primitive\nat line 3"), {"phase": "decode"}, None)
     assert told["outcome"] == "failed"

@@ -1,5 +1,6 @@
 """From how a job's process ended, and what it left, to an outcome with a reason."""
 
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ EXIT_OOM = 3
 _LOG_LINES = 20
 _LOG_BYTES = 8192
 _LONGEST_REASON = 500
+_NEXT_TO_NOTHING = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,14 @@ def log_tail(path: Path) -> list[str]:
     except OSError:
         return []
     return [line for line in lines if line.strip()][-_LOG_LINES:]
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk under a folder has next to nothing left."""
+    try:
+        return shutil.disk_usage(folder).free < _NEXT_TO_NOTHING
+    except OSError:
+        return False
 
 
 def classify(folder: Path, ending: Ending, limits: Limits, where: str) -> Result:
@@ -66,6 +76,8 @@ def classify(folder: Path, ending: Ending, limits: Limits, where: str) -> Result
             damage = f"; {MEASUREMENT_FILE} is damaged: {error}"
     tail = log_tail(folder / LOG_FILE)
     outcome, kind, reason = _without_measurement(ending, limits, where, tail)
+    if outcome == "failed" and is_full(folder):
+        damage += f"; the disk of {folder} is full"
     return Result(
         outcome=outcome,
         reason=(reason + damage)[:_LONGEST_REASON],

@@ -8,6 +8,8 @@ from wan_sweep.units import GIB, KIB, MIB, format_bytes
 
 UNITS = {"bytes": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 SAYS_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED")
+FOR_WANT_OF_MEMORY = re.compile(r"could not create a primitive|Resource temporarily unavailable")
+"""What libraries say when a limited process gets no memory for a kernel or a thread."""
 LONGEST_MESSAGE = 4000
 LONGEST_REASON = 300
 
@@ -49,7 +51,8 @@ def explain(error: BaseException, failed_at: dict[str, Any] | None, limit_bytes:
     message = str(error).strip()
     failure: dict[str, Any] = {"message": message[:LONGEST_MESSAGE], **(failed_at or {})}
     where = place(failed_at or {})
-    if not is_out_of_memory(error):
+    is_limited_out = limit_bytes is not None and FOR_WANT_OF_MEMORY.search(message) is not None
+    if not (is_out_of_memory(error) or is_limited_out):
         first_line = next(iter(message.splitlines()), "")
         reason = f"{type(error).__name__}{f' in {where}' if where else ''}: {first_line}"
         return {"outcome": "failed", "reason": reason[:LONGEST_REASON], "failure": failure}

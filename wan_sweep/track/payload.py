@@ -98,7 +98,7 @@ def tags_of(record: Record) -> dict[str, str]:
         "job_key": record.key,
         "outcome": record.outcome,
         "reason": record.reason,
-        "failed_in": (record.failure or {}).get("phase"),
+        "failed_in": _failed_in(record),
         "mode": record.mode,
         "weights": record.weights,
         "code_version": record.code_version,
@@ -159,3 +159,10 @@ def _differing(part: str, rank: Mapping[str, Any], ranks: Sequence[Mapping[str, 
 
 def _milliseconds(moment: str) -> int:
     return round(datetime.fromisoformat(moment).timestamp() * 1000) if moment else 0
+
+
+def _failed_in(record: Record) -> str | None:
+    """Return the phase in which a job ended badly, as far as it is known."""
+    failure = record.failure or {}
+    where = str(failure.get("where") or "").partition(",")[0]
+    return str(failure["phase"]) if "phase" in failure else where or None

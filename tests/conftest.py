@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Two test processes on two cores: more threads than that only wait for each other. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Speaks the protocol of wan_sweep.worker; what becomes of the job is told by its prompt.

@@ -5,20 +5,21 @@ measurement.json (at the end, also when the end is bad). It knows neither Hydra 
 memory, 1 anything else.
 """
 
-import contextlib
 import ctypes
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from wan_sweep.measure.failure import explain
 from wan_sweep.schema import Job
 from wan_sweep.units import GIB
+
+if TYPE_CHECKING:
+    from wan21.runtime import Runtime
 
 EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
 PR_SET_PDEATHSIG = 1
@@ -64,36 +65,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def torch_environment(device: str) -> dict[str, str]:
+def environment(runtime: "Runtime") -> dict[str, str]:
     """What torch says of itself and of the device."""
     import torch
 
-    cudnn: Any = torch.backends.cudnn  # carries no types
-    facts = {
-        "torch": torch.__version__,
-        "device": "cpu",
-        "num_threads": str(torch.get_num_threads()),
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default",
-    }
-    if device.startswith("cuda"):
-        facts |= {
-            "device": torch.cuda.get_device_name(),
-            "cuda": str(torch.version.cuda),
-            "cudnn": str(cudnn.version()),
-        }
-    return facts
-
-
-@contextlib.contextmanager
-def counting(runtime: object) -> Iterator[None]:
-    """Counts allocations on a CPU, where nothing counts by itself."""
-    from wan21.runtime import CpuRuntime
-
-    if isinstance(runtime, CpuRuntime):
-        with runtime.counting():
-            yield
-    else:
-        yield
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default"
+    return {"torch": torch.__version__, "allocator": allocator, **runtime.facts()}
 
 
 def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
@@ -119,11 +96,11 @@ def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
         "reason": "",
         "failure": None,
         "weights": assets.description,
-        "environment": torch_environment(job.device),
+        "environment": environment(runtime),
         "idle_knobs": idle_knobs(options, job.device),
         "ranks": [],
     }
-    with counting(runtime):
+    with runtime.counting():
         recorder = Recorder(runtime, EventFile(events), wants_blocks=job.block_events)
         try:
             pipeline = TextToVideo(spec, options, assets, runtime, recorder)

@@ -179,16 +179,15 @@ def run(flags: argparse.Namespace) -> None:
 
 def generate_to(path: Path, spec: ModelSpec, request: Request, options: Options, device: str | None) -> None:
     """Runs the pipeline and writes its result to a file."""
-    import torch
     from rich.console import Console
 
     from wan21.assets import open_assets
     from wan21.frames import save_image, save_video
     from wan21.pipeline import TextToVideo
-    from wan21.runtime import make_runtime
+    from wan21.runtime import default_device, make_runtime
 
     console = Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     runtime = make_runtime(device)
     assets = open_assets(spec, options, runtime)
     console.print(f"{spec.name} on {device}, {options.precision}, weights: {assets.description}, seed {request.seed}")

@@ -77,27 +77,36 @@ class Components:
             module = build()
         blocks = getattr(module, "blocks", None)
         may_stream = self._options.load_strategy == "block" and device == self._runtime.device
-        with open_source() as source:
+        if may_stream and isinstance(blocks, nn.ModuleList):
+            return Component(module, device, self._stream(name, module, blocks, open_source))
+        on_device = parameter_bytes(module) if device == self._runtime.device else 0
+        # Files are opened and closed inside the span: on a CPU, what is mapped counts as allocated.
+        with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
             check_names(module, source)
-            if may_stream and isinstance(blocks, nn.ModuleList):
-                # The blocks stay where they are needed as a pattern; what is materialized is everything else.
-                pattern, num_blocks = blocks[0], len(blocks)
-                module.blocks = nn.ModuleList()
-                packed = StreamedBlocks.device_bytes_for(pattern, num_blocks)
-                span = Span(kind="component", name=name, expected_bytes=parameter_bytes(module) + packed)
-                with self._observer.span(span):
-                    materialize(module, source, device)
-                    streamed = StreamedBlocks(
-                        lambda: copy.deepcopy(pattern),
-                        num_blocks,
-                        lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to),
-                        self._runtime,
-                    )
-                return Component(module, device, streamed)
-            on_device = parameter_bytes(module) if device == self._runtime.device else 0
-            with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)):
-                materialize(module, source, device)
+            materialize(module, source, device)
         return Component(module, device)
+
+    def _stream(
+        self,
+        name: str,
+        module: nn.Module,
+        blocks: nn.ModuleList,
+        open_source: Callable[[], AbstractContextManager[WeightSource]],
+    ) -> StreamedBlocks:
+        """Brings everything but the blocks to the device, and the blocks to the host."""
+        pattern, num_blocks = blocks[0], len(blocks)
+        packed = StreamedBlocks.device_bytes_for(pattern, num_blocks)
+        on_device = parameter_bytes(module) - parameter_bytes(blocks) + packed
+        with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
+            check_names(module, source)
+            module.blocks = nn.ModuleList()  # they stay on the meta device, where they serve as a pattern
+            materialize(module, source, self._runtime.device)
+            return StreamedBlocks(
+                lambda: copy.deepcopy(pattern),
+                num_blocks,
+                lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to),
+                self._runtime,
+            )
 
 
 class ObservedBlocks:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from wan21.config import ModelSpec, Options, Request, make_request, model_spec
 from wan21.events import SILENT, Observer, Span, together
 from wan21.pipeline import Generation, TextToVideo
 from wan21.runtime import CpuRuntime
+from wan21.weights.random import RandomWeights
+from wan21.weights.write import write_folder
 
 SPEC = model_spec("tiny")
 SAME_ROUNDING = 1e-4  # relative, after all steps: the same sums in float32 over other tile shapes
@@ -162,8 +165,17 @@ def test_both_solvers_run_and_differ(plain: Generation) -> None:
     assert not torch.equal(generate(request(solver="dpm++")).latents, plain.latents)
 
 
-def test_each_component_adds_exactly_the_bytes_of_its_parameters() -> None:
-    listener = measured()
+@pytest.mark.parametrize("source", ["random", "one file", "shards"])
+@pytest.mark.parametrize("load_strategy", ["full", "block"])
+def test_each_component_adds_exactly_the_bytes_of_its_parameters(
+    source: str, load_strategy: str, tmp_path: Path
+) -> None:
+    folder = None
+    if source != "random":
+        folder = str(tmp_path / "checkpoint")
+        weights = RandomWeights(SPEC, 0, CpuRuntime().generator)
+        write_folder(Path(folder), SPEC, weights, num_shards=3 if source == "shards" else 1)
+    listener = measured(ckpt_dir=folder, load_strategy=load_strategy)
     expected = {span.name: span.expected_bytes for span in listener.heard if span.kind == "component"}
     before = 0
     for name in ("t5", "dit", "vae"):

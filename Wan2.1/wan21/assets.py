@@ -28,7 +28,9 @@ def open_assets(spec: ModelSpec, options: Options, runtime: Runtime) -> Assets:
     """
     if options.ckpt_dir is None:
         weights = RandomWeights(spec, options.weights_seed, runtime.generator)
-        return Assets(weights, Tokenizer.built_in(), f"random (seed {options.weights_seed})")
+        return Assets(
+            weights, Tokenizer.built_in(max_tokens=spec.text.text_len), f"random (seed {options.weights_seed})"
+        )
     facts = inspect_folder(options.ckpt_dir, spec)
     tokenizer = Tokenizer.from_folder(facts.tokenizer_folder, max_tokens=spec.text.text_len)
     return Assets(CheckpointWeights(facts), tokenizer, f"checkpoint {facts.fingerprint[:12]}")

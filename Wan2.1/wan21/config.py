@@ -117,11 +117,11 @@ MODELS: Mapping[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         # Every part of the real architecture, small: several blocks and heads, all VAE levels, a position bias
-        # in every T5 layer, and the same order of sizes (T5 > DiT > VAE) as the released models.
+        # in every T5 layer, the same order of sizes (T5 > DiT > VAE), and more tokens of video than of text.
         ModelSpec(
             name="tiny",
-            dit=DitConfig(dim=256, ffn_dim=640, num_heads=8, num_layers=4, text_dim=256),
-            text=TextEncoderConfig(vocab_size=8192, dim=256, ffn_dim=640, num_heads=8, num_layers=4),
+            dit=DitConfig(dim=256, ffn_dim=640, num_heads=8, num_layers=4, text_dim=256, text_len=128),
+            text=TextEncoderConfig(vocab_size=8192, dim=256, ffn_dim=640, num_heads=8, num_layers=4, text_len=128),
             vae=VaeConfig(base_dim=8),
             sizes=("96*64", "160*96", "256*160"),
             default_size="160*96",

@@ -133,12 +133,10 @@ def test_bottleneck_adds_up_and_tells_idle_weights(main_sheet: Sheet) -> None:
     assert len(bottlenecks(main_sheet)) == 4
 
 
-def test_blocks_in_flight_are_not_called_activations(tmp_path: Path) -> None:
+def test_without_weights_on_the_device_all_of_a_peak_is_activations(tmp_path: Path) -> None:
     metrics = metrics_of(base={"t5": 0.0, "dit": 0.0, "vae": 0.0}, activation=41, scale=0.1)
     sheet = sheet_of(tmp_path, record(1, {"load_strategy": "block"}, metrics))
-    assert bottlenecks(sheet) == [
-        "Job 1 (block): peak 41.0 MiB in denoise: 41.0 MiB activations and the blocks in flight."
-    ]
+    assert bottlenecks(sheet) == ["Job 1 (block): peak 41.0 MiB in denoise: 41.0 MiB activations."]
 
 
 def test_weights_that_cannot_all_be_there_are_not_claimed(tmp_path: Path) -> None:
@@ -203,3 +201,17 @@ def test_equal_points_are_on_the_front_together() -> None:
 def test_the_front_of_one_point_is_that_point() -> None:
     assert pareto_front([(5, 5)]) == [0]
     assert pareto_front([]) == []
+
+
+def test_where_the_peak_hides_what_a_knob_does_the_phases_tell(tmp_path: Path) -> None:
+    metrics = metrics_of(base={"t5": 0.0, "dit": 0.0, "vae": 0.0}, activation=41, scale=0.1)
+    encode = "memory/peak/encode_text/allocated_bytes"
+    less = {**metrics, encode: metrics[encode] / 2}
+    sheet = sheet_of(
+        tmp_path, record(1, {"attention_slicing": False}, metrics), record(2, {"attention_slicing": True}, less)
+    )
+    (effect,) = effects(sheet)
+    assert effect.sentence() == (
+        "attention_slicing=true instead of false: peak unchanged (in encode_text -50.0 %), step unchanged "
+        "(1 pair of jobs that differ in nothing else)."
+    )

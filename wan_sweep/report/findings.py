@@ -1,7 +1,7 @@
 """What a table does not say by itself, in sentences that are computed from the records and nothing else."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from wan_sweep.report.sheet import (
@@ -39,6 +39,7 @@ class Effect:
         instead_of: what it is compared with.
         peak_pct: change of peak allocated memory in percent, one number per pair of jobs.
         step_pct: change of the seconds per step in percent, one number per pair of jobs.
+        phase_pct: change of the peak of each phase in percent, one number per pair of jobs, where there is any.
     """
 
     knob: str
@@ -46,13 +47,17 @@ class Effect:
     instead_of: str
     peak_pct: tuple[float, ...]
     step_pct: tuple[float, ...]
+    phase_pct: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def sentence(self) -> str:
         """Return it in words."""
         pairs = max(len(self.peak_pct), len(self.step_pct))
         counted = "1 pair" if pairs == 1 else f"{pairs} pairs"
+        peak = _range(self.peak_pct)
+        if peak == "unchanged" and self.phase_pct:  # another phase hides what the knob does
+            peak += f" ({', '.join(f'in {phase} {_range(changes)}' for phase, changes in self.phase_pct.items())})"
         return (
-            f"{self.knob}={self.value} instead of {self.instead_of}: peak {_range(self.peak_pct)}, "
+            f"{self.knob}={self.value} instead of {self.instead_of}: peak {peak}, "
             f"step {_range(self.step_pct)} ({counted} of jobs that differ in nothing else)."
         )
 
@@ -91,11 +96,8 @@ def bottleneck(row: Row) -> str | None:
         f"{part} {format_bytes(value)}{' idle' if part in idle else ''}" for part, value in weights.items()
     )
     rest = peak - sum(weights.values())
-    rest_name = "activations"
-    if str(row.records[0].knobs.get("load_strategy")) == "block" and "dit" not in weights:
-        rest_name = "activations and the blocks in flight"
     weights_text = f"{format_bytes(sum(weights.values()))} weights ({parts}) + " if weights else ""
-    return f"peak {format_bytes(peak)} in {phase}: {weights_text}{format_bytes(rest)} {rest_name}."
+    return f"peak {format_bytes(peak)} in {phase}: {weights_text}{format_bytes(rest)} activations."
 
 
 def bottlenecks(sheet: Sheet) -> list[str]:
@@ -175,7 +177,9 @@ def _effect(sheet: Sheet, knob: str, value: str, base: str) -> Effect:
                 yield change
 
     peak, step = tuple(changes(PEAK_ALLOCATED)), tuple(changes(sheet.step_metric))
-    return Effect(knob=knob, value=value, instead_of=base, peak_pct=peak, step_pct=step)
+    phases = {phase: tuple(changes(f"memory/peak/{phase}/allocated_bytes")) for phase in _AT_WORK}
+    changed = {phase: values for phase, values in phases.items() if _range(values) not in {"unknown", "unchanged"}}
+    return Effect(knob=knob, value=value, instead_of=base, peak_pct=peak, step_pct=step, phase_pct=changed)
 
 
 def _best(rows: list[Row], metric: str, tie_pct: float) -> list[Row]:

@@ -95,6 +95,27 @@ def test_words_that_no_flag_takes_are_refused_by_argparse(flags: list[str]) -> N
     assert refused.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), ["2.00 GiB", "--load_strategy block"]),
+        (OSError(28, "No space left on device", "out.mp4"), ["out.mp4", "No space left"]),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_one_sentence_too(
+    error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("wan21.generate.generate_to", fail)
+    assert main(["--task", "tiny", "--ckpt_dir", "random", "--save_file", "out.mp4"]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
 def test_truth_is_written_in_many_ways() -> None:
     for word, meant in (("Yes", True), ("t", True), ("1", True), ("NO", False), ("f", False), ("0", False)):
         assert parser().parse_args(["--ckpt_dir", "x", "--offload_model", word]).offload_model is meant

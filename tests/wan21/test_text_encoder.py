@@ -144,6 +144,15 @@ def test_float32_output_equals_that_of_transformers_padded_masked_and_cut(length
 
 @pytest.mark.parametrize("length", [1, 37, LENGTH])
 @torch.no_grad()
+def test_float32_output_equals_that_of_transformers_on_the_same_tokens(length: int) -> None:
+    encoder = random_encoder(torch.float32)
+    ids = random_ids(length)
+    expected = padded_output(transformers_twin(encoder, torch.float32), ids, length)
+    torch.testing.assert_close(encoder(ids), expected, atol=FLOAT32_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 37, LENGTH])
+@torch.no_grad()
 def test_bfloat16_output_equals_that_of_transformers_with_float32_softmax(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,7 @@
 """The three networks as things that come to a device and leave it: T5, DiT and VAE."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,30 +11,38 @@ from torch import nn
 from wan21.config import ModelSpec, Options
 from wan21.dit.model import Dit
 from wan21.events import Observer, Span
-from wan21.memory.streaming import StreamedBlocks
+from wan21.memory.parked import Parked, keep_on_host, parameters_below
+from wan21.memory.streaming import StreamPlan, stream
+from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
 from wan21.text.umt5 import TextEncoder
 from wan21.vae.vae import Vae
 from wan21.weights.components import Weights
-from wan21.weights.load import check_names, materialize, parameter_bytes
+from wan21.weights.load import check_names, materialize, parameter_bytes, put, total_bytes
 from wan21.weights.source import WeightSource
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+GIB = 2**30
 
 
 M = TypeVar("M", bound=nn.Module)
+OpenSource = Callable[[], AbstractContextManager[WeightSource]]
 
 
 @dataclass(frozen=True)
 class Component(Generic[M]):
     """A network on its device.
 
-    streamed: what to run in place of the network's own blocks, which are not there; None if they are.
+    parked: weights that a run needs once, if they wait on the host.
     """
 
     module: M
     device: torch.device
-    streamed: StreamedBlocks | None = None
+    parked: Parked | None = None
+
+    def with_parked(self) -> AbstractContextManager[None]:
+        """Inside it all weights that a run needs once are on the device."""
+        return nullcontext() if self.parked is None else self.parked.brought_into(self.module)
 
 
 class Components:
@@ -54,31 +61,27 @@ class Components:
         """The text encoder, on the CPU if t5_cpu."""
         dtype = DTYPES[self._options.t5_precision]
         device = torch.device("cpu") if self._options.t5_cpu else self._runtime.device
-        return self._load("t5", lambda: TextEncoder(self._spec.text, dtype=dtype), self._weights.t5, device)
+        with torch.device("meta"):
+            module = TextEncoder(self._spec.text, dtype=dtype)
+        if self._options.load_strategy == "full" or device != self._runtime.device:
+            return self._load("t5", module, self._weights.t5, device)
+        return self._stream("t5", module, self._weights.t5, all_in_parts(module.blocks), tables=["token_embedding"])
 
     def dit(self) -> Component[Dit]:
         """The transformer."""
-        dtype = DTYPES[self._options.precision]
-        return self._load("dit", lambda: Dit(self._spec.dit, dtype=dtype), self._weights.dit, self._runtime.device)
+        with torch.device("meta"):
+            module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision])
+        if self._options.load_strategy == "full":
+            return self._load("dit", module, self._weights.dit, self._runtime.device)
+        return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)
 
     def vae(self) -> Component[Vae]:
         """The VAE, encoder and decoder."""
-        dtype = DTYPES[self._options.vae_precision]
-        return self._load("vae", lambda: Vae(self._spec.vae, dtype=dtype), self._weights.vae, self._runtime.device)
-
-    def _load(
-        self,
-        name: str,
-        build: Callable[[], M],
-        open_source: Callable[[], AbstractContextManager[WeightSource]],
-        device: torch.device,
-    ) -> Component[M]:
         with torch.device("meta"):
-            module = build()
-        blocks = getattr(module, "blocks", None)
-        may_stream = self._options.load_strategy == "block" and device == self._runtime.device
-        if may_stream and isinstance(blocks, nn.ModuleList):
-            return Component(module, device, self._stream(name, module, blocks, open_source))
+            module = Vae(self._spec.vae, dtype=DTYPES[self._options.vae_precision])
+        return self._load("vae", module, self._weights.vae, self._runtime.device)
+
+    def _load(self, name: str, module: M, open_source: OpenSource, device: torch.device) -> Component[M]:
         on_device = parameter_bytes(module) if device == self._runtime.device else 0
         # Files are opened and closed inside the span: on a CPU, what is mapped counts as allocated.
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
@@ -89,24 +92,41 @@ class Components:
     def _stream(
         self,
         name: str,
-        module: nn.Module,
-        blocks: nn.ModuleList,
-        open_source: Callable[[], AbstractContextManager[WeightSource]],
-    ) -> StreamedBlocks:
-        """Brings everything but the blocks to the device, and the blocks to the host."""
-        pattern, num_blocks = blocks[0], len(blocks)
-        packed = StreamedBlocks.device_bytes_for(pattern, num_blocks)
-        on_device = parameter_bytes(module) - parameter_bytes(blocks) + packed
+        module: M,
+        open_source: OpenSource,
+        blocks: Sequence[InParts],
+        *,
+        once: Sequence[str] = (),
+        tables: Sequence[str] = (),
+    ) -> Component[M]:
+        """Brings the blocks to the host and the rest to the device.
+
+        Args:
+            name: of the component.
+            module: on the meta device.
+            open_source: of its weights.
+            blocks: of the module.
+            once: submodules that a run needs once; with load_strategy=part they wait on the host.
+            tables: submodules that look up; with load_strategy=part they stay on the host.
+        """
+        runtime, by_parts = self._runtime, self._options.load_strategy == "part"
+        aside = (*once, *tables) if by_parts else ()
+        plan = StreamPlan(blocks, "part" if by_parts else "block", int(self._options.resident_gib * GIB))
+        elsewhere = parameters_below(module, ["blocks", *aside])
+        on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
             check_names(module, source)
-            module.blocks = nn.ModuleList()  # they stay on the meta device, where they serve as a pattern
-            materialize(module, source, self._runtime.device)
-            return StreamedBlocks(
-                lambda: copy.deepcopy(pattern),
-                num_blocks,
-                lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to),
-                self._runtime,
-            )
+            for parameter_name, parameter in list(module.named_parameters()):
+                if parameter_name not in elsewhere:
+                    weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=runtime.device)
+                    source.write(parameter_name, weight)
+                    put(module, parameter_name, weight)
+            stream(blocks, plan, lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to), runtime)
+            for table in tables if by_parts else ():
+                keep_on_host(module, table, source.write, runtime)
+            parked = Parked(module, once, source.write, runtime) if by_parts and once else None
+        module.eval()
+        return Component(module, runtime.device, parked)
 
 
 class ObservedBlocks:
@@ -122,7 +142,11 @@ class ObservedBlocks:
                 yield block
 
 
-def blocks_to_run(component: Component[TextEncoder] | Component[Dit], observer: Observer) -> Iterable[nn.Module]:
-    """The component's blocks, streamed or its own, observed if the observer wants that."""
-    blocks: Iterable[nn.Module] = component.module.blocks if component.streamed is None else component.streamed
+def blocks_to_run(
+    component: Component[TextEncoder] | Component[Dit], runtime: Runtime, observer: Observer
+) -> Iterable[nn.Module]:
+    """The component's blocks, observed if the observer wants that."""
+    blocks: Iterable[nn.Module] = component.module.blocks
+    if component.device == runtime.device:
+        blocks = runtime.as_run(blocks)
     return ObservedBlocks(blocks, observer) if observer.wants_blocks else blocks

@@ -13,7 +13,7 @@ from wan21.errors import UsageError
 from wan21.shapes import VideoShape, parse_size
 
 Precision = Literal["fp16", "bf16", "fp32"]
-LoadStrategy = Literal["full", "block"]
+LoadStrategy = Literal["full", "block", "part"]
 Solver = Literal["unipc", "dpm++"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -252,8 +252,19 @@ def make_request(
 class Options:
     """How to run: number formats, and where weights and activations live.
 
+    load_strategy: "full" brings whole components to the device; "block" streams transformer blocks from the host;
+        "part" streams parts of them, and keeps what a run needs once on the host: the embeddings of time and prompt but
+        while they are computed, and T5's table of tokens always.
+    resident_gib: of the streamed weights of each component so much stays on the device.
+    rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most.
+    residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
+        as finely as `rows_at_once` says.
+    vae_budget_gib: what decoding may take beside the VAE's weights; it is then done in tiles, exactly. None: in whole
+        frames.
+
     Raises:
-        UsageError: an unknown format or strategy, or a negative number of slices.
+        UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,
+            or a budget below zero.
     """
 
     precision: Precision = "fp16"
@@ -261,8 +272,12 @@ class Options:
     vae_precision: Precision = "fp32"
     offload: bool = False
     load_strategy: LoadStrategy = "full"
+    resident_gib: float = 0.0
     t5_cpu: bool = False
     attention_slices: int | Literal["auto"] = 1
+    rows_at_once: int = 4096
+    residual_on_host: float = 0.0
+    vae_budget_gib: float | None = None
     gradient_checkpointing: bool = False
     ckpt_dir: str | None = None
     weights_seed: int = 0
@@ -276,6 +291,16 @@ class Options:
                 f"attention_slicing={self.attention_slices} is not a number of slices; "
                 "choose false, true, or an integer of at least 1"
             )
+        if self.rows_at_once < 1:
+            raise UsageError(
+                f"rows_at_once={self.rows_at_once} is not a number of tokens; choose 1 or more, such as 4096"
+            )
+        if not 0 <= self.residual_on_host <= 1:
+            raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
+        if not 0 <= self.resident_gib < float("inf"):
+            raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
+        if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
+            raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
 
 
 def idle_knobs(options: Options, device: str) -> dict[str, str]:
@@ -283,6 +308,8 @@ def idle_knobs(options: Options, device: str) -> dict[str, str]:
     idle = {}
     if options.gradient_checkpointing:
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
+    if options.resident_gib and options.load_strategy == "full":
+        idle["resident_gib"] = "with load_strategy=full all weights stay on the device"
     if options.t5_cpu and device == "cpu":
         idle["t5_cpu"] = "the whole job already runs on the CPU"
     return idle

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sample_shift", type=float, help="shift of the noise schedule; default: the task's")
     add("--sample_guide_scale", type=float, help="classifier-free guidance; 1 switches it off; default: the task's")
     add("--precision", choices=PRECISIONS, default="bf16", help="number format of the DiT")
-    add("--load_strategy", choices=LOAD_STRATEGIES, default="full", help="block streams transformer blocks from host")
+    add("--load_strategy", choices=LOAD_STRATEGIES, default="full", help="block and part stream weights from host")
     add("--attention_slicing", type=slices, default=1, help="true, false or a number of slices")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks where gradients are kept")
     for flag in ("--ulysses_size", "--ring_size"):

@@ -5,9 +5,10 @@ Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt token
 Reference: Wan2.1 (arXiv 2503.20314).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,11 +19,13 @@ from wan21.dit.model import Dit, ForwardPlan
 from wan21.events import SILENT, Observer, Span
 from wan21.frames import to_uint8
 from wan21.guidance import guided
+from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices
 from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
-from wan21.shapes import TEMPORAL_STRIDE
+from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wan21.text.umt5 import TextEncoder
+from wan21.vae import WHOLE, Budget
 from wan21.vae.vae import Vae
 
 
@@ -118,12 +121,12 @@ class TextToVideo:
                 with self._phase("load"):
                     self._t5 = self._components.t5()
             with self._phase("encode_text"):
-                return [self._encode_one(self._t5, text) for text in texts]
+                return self._encode(self._t5, texts)
 
-    def _encode_one(self, t5: Component[TextEncoder], text: str) -> torch.Tensor:
-        ids = torch.tensor([self._tokenizer(text)], device=t5.device)
-        encoded = t5.module(ids, blocks=blocks_to_run(t5, self._observer))[0]
-        return encoded.to(self._runtime.device)
+    def _encode(self, t5: Component[TextEncoder], texts: list[str]) -> list[torch.Tensor]:
+        ids = [torch.tensor([self._tokenizer(text)], device=t5.device) for text in texts]
+        encoded = t5.module.encode(ids, blocks=blocks_to_run(t5, self._runtime, self._observer))
+        return [prompt[0].to(self._runtime.device) for prompt in encoded]
 
     def _denoise(self, request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
@@ -138,10 +141,14 @@ class TextToVideo:
         model = dit.module
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, request.shape.num_tokens),
+            most_rows=self._options.rows_at_once,
             gradient_checkpointing=self._options.gradient_checkpointing,
         )
+        with dit.with_parked():
+            contexts = [model.embed_text([prompt]) for prompt in prompts]
+            timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
+            times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
         turns = model.rotations(request.shape.grid, self._runtime.device)
-        contexts = [model.embed_text([prompt]) for prompt in prompts]
         groups = [
             range(first, min(first + request.micro_batch_size, request.batch_size))
             for first in range(0, request.batch_size, request.micro_batch_size)
@@ -152,21 +159,36 @@ class TextToVideo:
             sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
             conditioned, *negative = (context.expand(len(group), -1, -1) for context in contexts)
-            for index, timestep in enumerate(sampler.timesteps):
-                step = group_index * request.num_steps + index
-                with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
+            with self._residual(len(group), request) as residual:
+                forward = partial(model, turns=turns, plan=plan, residual=residual)
+                for index, time in enumerate(times):
+                    step = group_index * request.num_steps + index
+                    with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
+                        run = partial(forward, sample, time.to(self._runtime.device))
 
-                    def velocity(
-                        context: torch.Tensor, sample: torch.Tensor = sample, timestep: int = timestep
-                    ) -> torch.Tensor:
-                        blocks = blocks_to_run(dit, self._observer)
-                        return model(sample, timestep, context, turns=turns, blocks=blocks, plan=plan)
+                        def velocity(context: torch.Tensor, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
+                            return run(context, blocks=blocks_to_run(dit, self._runtime, self._observer))
 
-                    flow = guided(velocity, conditioned, negative[0] if negative else None, request.guide_scale)
-                    sample = sampler.step(flow, sample)
-                    del flow
+                        flow = guided(velocity, conditioned, negative[0] if negative else None, request.guide_scale)
+                        sample = sampler.step(flow, sample)
+                        del flow
             finished += sample.split(1)
         return finished
+
+    @contextmanager
+    def _residual(self, batch_size: int, request: Request) -> Iterator[HostedResidual | None]:
+        """Where the residual is kept if not in one tensor on the device."""
+        share, rows = self._options.residual_on_host, self._options.rows_at_once
+        if not share:
+            yield None
+            return
+        residual = HostedResidual(
+            (batch_size, request.shape.num_tokens, self._spec.dit.dim), rows, share, self._runtime
+        )
+        try:
+            yield residual
+        finally:
+            residual.close()
 
     def _noise(self, request: Request, seed: int) -> torch.Tensor:
         """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
@@ -188,16 +210,15 @@ class TextToVideo:
         return videos
 
     def _decode_one(self, vae: Vae, latent: torch.Tensor) -> torch.Tensor:
-        video: torch.Tensor | None = None
-        first = 0
-        for chunk in vae.decode_chunks(latent):
-            frames = to_uint8(chunk[0], is_image=self._spec.is_image).cpu()
-            del chunk  # or it would stand beside the next one
-            if video is None:
-                num_frames = (latent.shape[2] - 1) * TEMPORAL_STRIDE + 1
-                video = torch.empty(num_frames, *frames.shape[1:], dtype=torch.uint8)
-            video[first : first + len(frames)] = frames
-            first += len(frames)
-        if video is None:
-            raise ValueError(f"latent.shape={tuple(latent.shape)} holds no frame")
+        t, h, w = latent.shape[2:]
+        plan = WHOLE
+        if self._options.vae_budget_gib is not None:
+            budget = Budget(vae.decoder, (t, h, w), itemsize=vae.conv2.weight.element_size())
+            plan = budget.best_plan(int(self._options.vae_budget_gib * 2**30))
+        num_frames = TEMPORAL_STRIDE * (t - 1) + 1
+        video = torch.empty(num_frames, SPATIAL_STRIDE * h, SPATIAL_STRIDE * w, 3, dtype=torch.uint8)
+        for piece in vae.decode_pieces(latent, plan):
+            frames = to_uint8(piece.pixels[0], is_image=self._spec.is_image).cpu()
+            video[piece.frames, piece.rows, piece.cols] = frames
+            del piece  # or it would stand beside the next one
         return video

@@ -189,6 +189,18 @@ def test_prompts_in_one_batch_equal_prompts_one_by_one() -> None:
 
 
 @torch.no_grad()
+def test_prompts_that_share_the_visits_of_blocks_give_the_bits_of_prompts_one_by_one() -> None:
+    encoder = random_encoder(torch.bfloat16)
+    prompts = [random_ids(37), random_ids(12)]
+    visits: list[int] = []
+    encoder.blocks[0].register_forward_hook(lambda _, args, __: visits.append(len(args)))
+    together = encoder.encode(prompts)
+    assert visits == [2]
+    for ids, encoded in zip(prompts, together, strict=True):
+        assert torch.equal(encoder(ids), encoded)
+
+
+@torch.no_grad()
 def test_blocks_brought_by_somebody_else_give_the_same() -> None:
     encoder = random_encoder(torch.bfloat16)
     ids = random_ids(37)
@@ -209,7 +221,7 @@ def test_a_block_leaves_its_input_as_it_is() -> None:
     block = random_encoder(torch.float32).blocks[0]
     x = torch.randn(1, 9, SMALL.dim, generator=torch.Generator().manual_seed(2))
     before = x.clone()
-    block(x)
+    block(x, x)
     assert torch.equal(before, x)
 
 

@@ -11,9 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from wan21.config import VaeConfig
+from wan21.config import WAN_VAE, VaeConfig
+from wan21.errors import UsageError
+from wan21.runtime import CpuRuntime
 from wan21.vae import Vae
+from wan21.vae.budget import Budget
 from wan21.vae.past import Past
+from wan21.vae.plan import WHOLE, DecodePlan
 
 CONFIG = VaeConfig(base_dim=32)
 HEIGHT, WIDTH = 64, 96
@@ -104,6 +108,128 @@ def test_an_image_keeps_no_past(vae: Vae) -> None:
     image_bytes = 3 * HEIGHT * WIDTH * 4
     statistics_bytes = 2 * CONFIG.z_dim * 4
     assert live.peak <= 3.5 * FRAME_BYTES + latents.nbytes + image_bytes + statistics_bytes
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------
+
+T, H, W = 4, 12, 20
+SCALING_BYTES = 2 * CONFIG.z_dim * 4  # mean and deviation of each latent channel
+TARGETS = {"832 x 480": ((21, 60, 104), 2**30), "1280 x 720": ((21, 90, 160), 3 * 2**30)}
+
+
+def grid(rows: int, cols: int, frames_at_once: int | None = None) -> DecodePlan:
+    return DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once)
+
+
+def live_bytes(vae: Vae, latents: Tensor, plan: DecodePlan) -> list[tuple[int, int]]:
+    """Peak so far and bytes that stay, after each piece, on tensors without data."""
+    seen = []
+    with torch.no_grad(), LiveBytes(vae, latents) as live:
+        for piece in vae.decode_pieces(latents, plan):
+            del piece
+            seen.append((live.peak, live.current))
+    assert live.current == 0
+    return seen
+
+
+@pytest.mark.parametrize("plan", [WHOLE, grid(1, 1, 1), grid(2, 2), grid(1, 3, 1)], ids=str)
+def test_the_bytes_of_a_plan_are_what_decoding_takes(vae: Vae, plan: DecodePlan) -> None:
+    latents = torch.empty(1, CONFIG.z_dim, T, H, W, device="meta")
+    measured = live_bytes(vae, latents, plan)[-1][0] - SCALING_BYTES
+    predicted = Budget(vae.decoder, (T, H, W), itemsize=4).num_bytes(plan)
+    # Where tiles are not all of one size, or parts of a chunk wait for the rest, the prediction is on the safe side.
+    assert measured <= predicted <= 1.01 * measured
+
+
+def test_the_bytes_of_a_plan_are_what_decoding_takes_in_full_width() -> None:
+    with torch.device("meta"):
+        vae = Vae(WAN_VAE, dtype=torch.bfloat16)
+    t, h, w = 4, 60, 104
+    latents = torch.empty(1, WAN_VAE.z_dim, t, h, w, device="meta")
+    measured = live_bytes(vae, latents, WHOLE)[-1][0]
+    predicted = Budget(vae.decoder, (t, h, w), itemsize=2).num_bytes(WHOLE)
+    assert predicted == pytest.approx(measured, rel=1e-4)
+    # 14 frames of the largest layer and the past, which is 2,364.5 numbers for a pixel if counted by hand.
+    assert predicted == pytest.approx((14 * 96 + 2364.5) * 2 * 64 * h * w, rel=1e-3)
+
+
+def test_no_piece_takes_more_than_the_one_before_and_nothing_is_left_over(vae: Vae) -> None:
+    latents = torch.empty(1, CONFIG.z_dim, 5, H, W, device="meta")
+    seen = live_bytes(vae, latents, grid(1, 2))
+    first, second = seen[:5], seen[5:]
+    # The past is complete after the third piece; from then on what stays is the same, until the last forgets it.
+    assert first[1][1] < first[2][1] == first[3][1] > first[4][1]
+    assert second[2][1] == second[3][1] == first[3][1]
+    # Both halves are of one size, so nothing after the third piece is a new peak.
+    assert {peak for peak, _ in seen[2:]} == {seen[2][0]}
+
+
+def test_a_longer_video_takes_more_only_for_the_latents_and_the_features_of_all_frames(vae: Vae) -> None:
+    peaks = []
+    for t in (4, 6):
+        latents = torch.empty(1, CONFIG.z_dim, t, H, W, device="meta")
+        peaks.append(live_bytes(vae, latents, grid(1, 2))[-1][0] - latents.nbytes - 4 * 4 * CONFIG.base_dim * t * H * W)
+    assert peaks[0] == peaks[1]
+
+
+def test_tiles_take_less_on_a_real_device() -> None:
+    # In bfloat16, because a CPU's convolutions in float32 unfold their input, which takes more than all the rest.
+    runtime = CpuRuntime()
+    vae = Vae(VaeConfig(base_dim=8), dtype=torch.bfloat16).requires_grad_(False)
+    latents = torch.zeros(1, CONFIG.z_dim, T, H, W)
+    budget = Budget(vae.decoder, (T, H, W), itemsize=2)
+    peaks = {}
+    for plan in (WHOLE, grid(2, 2)):
+        with torch.no_grad(), runtime.counting():
+            before = runtime.memory().allocated_bytes
+            runtime.reset_memory_peaks()
+            for piece in vae.decode_pieces(latents, plan):
+                del piece
+            peaks[plan] = runtime.memory().allocated_peak_bytes - before
+        # Kernels take a little room of their own, for weights in another order.
+        assert budget.num_bytes(plan) <= peaks[plan] <= 1.02 * budget.num_bytes(plan)
+    assert peaks[grid(2, 2)] < 0.4 * peaks[WHOLE]
+
+
+@pytest.mark.parametrize("size", TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(size: str, itemsize: int) -> None:
+    shape, total = TARGETS[size]
+    with torch.device("meta"):
+        vae = Vae(WAN_VAE)
+    vae.drop_encoder()
+    weights = itemsize * sum(parameter.numel() for parameter in vae.parameters())
+    libraries = 32 * 2**20  # cuBLAS's workspace on a Hopper GPU
+    budget = Budget(vae.decoder, shape, itemsize=itemsize)
+    plan = budget.best_plan(total - weights - libraries)
+    assert budget.num_bytes(plan) <= total - weights - libraries < budget.num_bytes(WHOLE)
+    assert budget.work(plan) <= 1.3 * budget.work(WHOLE)
+
+
+def test_more_bytes_never_mean_more_work(vae: Vae) -> None:
+    budget = Budget(vae.decoder, (21, 60, 104), itemsize=2)
+    whole = budget.num_bytes(WHOLE)
+    plans = [budget.best_plan(whole * share // 16) for share in range(3, 17)]
+    works = [budget.work(plan) for plan in plans]
+    assert works == sorted(works, reverse=True)
+    assert works[0] > works[-1] == budget.work(WHOLE)
+    assert plans[-1] == WHOLE
+
+
+def test_too_few_bytes_are_refused_with_the_number_that_would_do(vae: Vae) -> None:
+    budget = Budget(vae.decoder, (21, 60, 104), itemsize=2)
+    with pytest.raises(UsageError, match=r"budget_bytes=1000 is too little.*the smallest tiles need \d+") as refusal:
+        budget.best_plan(1000)
+    least = int(str(refusal.value).split("need ")[1].split(";")[0])
+    assert budget.num_bytes(budget.best_plan(least)) <= least
+
+
+def test_a_batch_takes_as_often_as_much(vae: Vae) -> None:
+    one, two = (Budget(vae.decoder, (T, H, W), itemsize=4, batch_size=size) for size in (1, 2))
+    assert two.num_bytes(grid(2, 2)) == 2 * one.num_bytes(grid(2, 2))
+
+
+# --- given up ------------------------------------------------------------------------------------------------------
 
 
 def num_live_tensors() -> int:

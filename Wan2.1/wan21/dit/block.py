@@ -1,7 +1,10 @@
 """One transformer block.
 
-Letters: B videos, L tokens, S prompt tokens, D model width, K head width.
+Letters: B videos, L tokens, S prompt tokens, D model width, N heads, K head width.
 """
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,18 +15,31 @@ from wan21.dit.layers import (
     FeedForward,
     Modulation,
     SelfAttention,
+    Slicing,
     add_branch,
     chunk_rows,
     modulated,
-    row_slices,
 )
+from wan21.dit.residual import Residual, windows
+from wan21.parts import InParts
 
 
-class Block(nn.Module):
+class Block(InParts):
     """Self attention, cross attention and feed-forward, each added to the residual.
+
+    Each of them goes over the tokens in chunks of its own, so that the weights of one are needed at a time.
 
     Reference: Wan2.1 (arXiv 2503.20314), section 4.2.
     """
+
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "keys": ("self_attn.k", "self_attn.v", "self_attn.norm_k"),
+        "queries": ("self_attn.q", "self_attn.o", "self_attn.norm_q"),
+        "prompt": ("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
+        "cross": ("norm3", "cross_attn.q", "cross_attn.o", "cross_attn.norm_q"),
+        "feed_forward": ("ffn",),
+    }
+    ALWAYS: ClassVar[tuple[str, ...]] = ("modulation",)
 
     def __init__(self, config: DitConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,13 +53,14 @@ class Block(nn.Module):
 
     def forward(
         self,
-        residual: torch.Tensor,
+        residual: Residual,
         time: torch.Tensor,
         context: torch.Tensor,
         turns: torch.Tensor,
-        query_slices: int,
+        slicing: Slicing,
         norm_dtype: torch.dtype,
-    ) -> torch.Tensor:
+        room: torch.Tensor | None,
+    ) -> Residual:
         """The residual after this block.
 
         Args:
@@ -51,19 +68,22 @@ class Block(nn.Module):
             time: [B or 1, 6, D], float32; the projected timestep.
             context: [B, S, D] in the compute dtype.
             turns: rotary positions, [L, 1, K/2], complex64.
-            query_slices: into how many slices self attention cuts its queries.
+            slicing: into what the work is cut.
             norm_dtype: what the first norm's output is rounded to.
+            room: for keys and values, [2, B, L, N, K] in the compute dtype; None where gradients are kept.
 
         Returns:
             [B, L, D], float32.
         """
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + time).split(1, dim=1)
-        modulation = Modulation(shift_sa, scale_sa, gate_sa)
-        residual = self.self_attn(residual, modulation, turns, query_slices, norm_dtype)
-        residual = self.cross_attn(residual, self.norm3, context)
-        modulation = Modulation(shift_ffn, scale_ffn, gate_ffn)
-        for rows in row_slices(slice(0, residual.shape[1]), chunk_rows(residual)):
-            branch = self.ffn(modulated(residual[:, rows], modulation, self.eps, self.dtype))
-            residual = add_branch(residual, rows, branch, modulation.gate)
-            del branch
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + time).split(1, dim=1)
+        modulation = Modulation(shift, 1 + scale, gate)
+        residual = self.self_attn(residual, modulation, turns, slicing, norm_dtype, room, self.part)
+        size = chunk_rows(residual.shape, slicing.most_rows)
+        residual = self.cross_attn(residual, self.norm3, context, size, self.part)
+        modulation = Modulation(shift_ffn, 1 + scale_ffn, gate_ffn)
+        with self.part("feed_forward"):
+            for _, window in windows(residual, size, writes=True):
+                branch = self.ffn(modulated(window, modulation, self.eps, self.dtype))
+                residual = add_branch(residual, window, branch, modulation.gate)
+                del branch
         return residual

@@ -8,6 +8,7 @@ Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.027
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,24 +17,43 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
-from wan21.dit.layers import by_rows, chunk_rows, layer_norm
+from wan21.dit.layers import Modulation, Slicing, chunk_rows, collect, modulated
+from wan21.dit.residual import Residual, Windowed, windows
 from wan21.rope import rotations
 from wan21.shapes import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardPlan:
+class ForwardPlan(Slicing):
     """How one forward is carried out; none of it changes what is computed.
 
-    query_slices: into how many slices self attention cuts its queries.
     gradient_checkpointing: with gradients kept, save each block's input only and compute the rest again.
     """
 
-    query_slices: int = 1
     gradient_checkpointing: bool = False
 
 
 WHOLE = ForwardPlan()
+
+
+@dataclass(frozen=True)
+class Time:
+    """What the network makes of a timestep; float32.
+
+    embedding: [1, D].
+    modulations: its projection, [1, 6, D].
+    """
+
+    embedding: torch.Tensor
+    modulations: torch.Tensor
+
+    def to(self, device: torch.device) -> "Time":
+        """The same there; a copy from the host does not wait."""
+        return Time(self.embedding.to(device, non_blocking=True), self.modulations.to(device, non_blocking=True))
+
+    def on_host(self) -> "Time":
+        """The same on the host, arrived."""
+        return Time(self.embedding.cpu(), self.modulations.cpu())
 
 
 class Head(nn.Module):
@@ -45,14 +65,15 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, PATCH * PATCH * config.out_dim, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] and the timestep's embedding [B or 1, D] to [B, L, 64]; all float32."""
+    def forward(self, residual: Residual, time: torch.Tensor, size: int) -> torch.Tensor:
+        """[B, L, D] and the timestep's embedding [B or 1, D] to [B, L, 64]; all float32, `size` rows at a time."""
         shift, scale = (self.modulation + time.unsqueeze(1)).split(1, dim=1)
+        modulation = Modulation(shift, 1 + scale)
 
-        def patches(rows: slice) -> tuple[torch.Tensor]:
-            return (self.head(torch.addcmul(shift, layer_norm(x[:, rows], self.eps), 1 + scale)),)
+        def patches(_: slice, window: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.head(modulated(window, modulation, self.eps, torch.float32)),)
 
-        return by_rows(slice(0, x.shape[1]), chunk_rows(x), patches)[0]
+        return collect(windows(residual, size), residual.shape[1], patches)[0]
 
 
 class Dit(nn.Module):
@@ -63,7 +84,11 @@ class Dit(nn.Module):
         dtype: of linear layers and attention. Time embedding, modulation, norms and the head are float32 always.
 
     Build it on the meta device and let `wan21.weights` fill it.
+
+    ONCE: submodules that a run needs before its first step only.
     """
+
+    ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
 
     def __init__(self, config: DitConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -98,14 +123,14 @@ class Dit(nn.Module):
         )
         return self.text_embedding(padded)
 
-    def embed_time(self, timestep: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The timestep's embedding [1, D] and its projection to six modulations [1, 6, D]; float32."""
+    def embed_time(self, timestep: float, device: torch.device) -> Time:
+        """What the network makes of a timestep; the same in every pass of a step."""
         half = self.config.freq_dim // 2
         exponent = torch.arange(half, dtype=torch.float64, device=device) / half
         angles = timestep * 10000.0**-exponent
         sinusoid = torch.cat([angles.cos(), angles.sin()]).float().unsqueeze(0)
         embedding = self.time_embedding(sinusoid)
-        return embedding, self.time_projection(embedding).unflatten(1, (6, -1))
+        return Time(embedding, self.time_projection(embedding).unflatten(1, (6, -1)))
 
     def rotations(self, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
         """Rotary positions for a grid of tokens: [L, 1, K/2], complex64. The same in every step."""
@@ -114,53 +139,73 @@ class Dit(nn.Module):
     def forward(
         self,
         latents: torch.Tensor,
-        timestep: float,
+        time: float | Time,
         context: torch.Tensor,
         *,
         turns: torch.Tensor | None = None,
         blocks: Iterable[nn.Module] | None = None,
         plan: ForwardPlan = WHOLE,
+        residual: Windowed | None = None,
     ) -> torch.Tensor:
         """The velocity of the flow.
 
         Args:
             latents: [B, C, t, h, w], float32.
-            timestep: 0 to 1000, for all videos.
+            time: the timestep of all videos, 0 to 1000, or what `embed_time` made of it.
             context: from `embed_text`, [B, S, D].
             turns: from `rotations`; computed here if not given.
-            blocks: what to run in place of `self.blocks`, in order; for weights that somebody else brings in.
+            blocks: what to run in place of `self.blocks`, in order; for those who listen to them.
             plan: how to carry it out.
+            residual: where the residual [B, L, D] shall be kept; None: in a tensor on the device.
 
         Returns:
             [B, C, t, h, w], float32, rounded to the compute dtype as upstream does (docs/parity.md).
 
-        Memory: the residual [B, L, D] in float32, and what a block needs.
+        Memory: the residual [B, L, D] in float32, keys and values [2, B, L, D] in the compute dtype, which all blocks
+        share unless gradients are kept, and what a block needs.
         """
         t, h, w = latents.shape[2:]
         grid = (t, h // PATCH, w // PATCH)
         if turns is None:
             turns = self.rotations(grid, latents.device)
-        time, modulations = self.embed_time(timestep, latents.device)
-        x = self._patchify(latents, grid)
+        if not isinstance(time, Time):
+            time = self.embed_time(time, latents.device)
+        x = self._patchify(latents, grid, plan, residual)
+        room = None if torch.is_grad_enabled() else self._room(x.shape, latents.device)
         # Upstream's residual is in the compute dtype until the first addition; its values are the same in float32, but
         # the first norm's output is rounded to it.
         norm_dtype = self.dtype
         for block in self.blocks if blocks is None else blocks:
+            args = (x, time.modulations, context, turns, plan, norm_dtype, room)
             if plan.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, modulations, context, turns, plan.query_slices, norm_dtype, use_reentrant=False
-                )
+                x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(x, modulations, context, turns, plan.query_slices, norm_dtype)
+                x = block(*args)
             norm_dtype = torch.float32
-        return self._unpatchify(self.head(x, time), grid)
+            del args  # or the first residual would stand beside the last
+        del room
+        return self._unpatchify(self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)), grid)
 
-    def _patchify(self, latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    def _room(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """For keys and values of a residual [B, L, D]: [2, B, L, N, K], uninitialised."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        return torch.empty((2, *shape[:2], *heads), dtype=self.dtype, device=device)
+
+    def _patchify(
+        self, latents: torch.Tensor, grid: tuple[int, int, int], plan: ForwardPlan, residual: Windowed | None
+    ) -> Residual:
         b, c = latents.shape[:2]
         t, h, w = grid
         patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
         patches = patches.reshape(b, t * h * w, c * PATCH * PATCH)  # [B, L, C * 4], ordered as the kernel's weight
-        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
+        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
+        if torch.is_grad_enabled():
+            return F.linear(patches, weight, bias).float()
+        shape = torch.Size((b, t * h * w, self.config.dim))
+        x = torch.empty(shape, dtype=torch.float32, device=latents.device) if residual is None else residual
+        for rows, window in windows(x, chunk_rows(shape, plan.most_rows), reads=False, writes=True):
+            window.copy_(F.linear(patches[:, rows], weight, bias))
+        return x
 
     def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         t, h, w = grid

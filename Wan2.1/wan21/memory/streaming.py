@@ -1,32 +1,42 @@
 """Transformer blocks whose weights wait on the host and are brought in just ahead of use.
 
-Each block's weights lie packed in one host buffer. Two buffers of a block's size on the device take turns: while one
-block computes, the next is copied into the other buffer on a side stream. Nothing is allocated after the start.
+What comes and goes together is a piece: a block, or a part of one. Each piece lies packed in one host buffer. On the
+device there is one room: pieces lie at its two ends in turn, and while one is computed with, the next arrives at the
+other end on a side stream. The room is as large as the largest two pieces in a row, and nothing else is allocated.
+The weights of the blocks are views of the room, for good.
 
 Promise: the same kernels on the same bits, so results are equal to those with all blocks on the device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
 
+from wan21.parts import InParts
 from wan21.runtime import Mark, Runtime
+from wan21.weights.load import put
 
 ALIGNMENT = 256
 """Every tensor starts at a multiple of this in a packed buffer, as it would coming from an allocator."""
 
-NUM_SLOTS = 2
-"""One block computes while the next arrives; more would cost memory and hide nothing further."""
+Unit = Literal["block", "part"]
+
+Write = Callable[[int, str, torch.Tensor], None]
+"""Fills a host tensor with the named parameter of the block of this index."""
 
 
-class _Packing:
-    """Where each parameter of a block lies in a flat buffer of bytes."""
+class Packing:
+    """Where each parameter lies in a flat buffer of bytes."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._places: dict[str, tuple[int, int, torch.Size, torch.dtype]] = {}
         offset = 0
-        for name, parameter in block.named_parameters():
+        for name, parameter in parameters.items():
             num_bytes = parameter.numel() * parameter.element_size()
             self._places[name] = (offset, num_bytes, parameter.shape, parameter.dtype)
             offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -40,81 +50,183 @@ class _Packing:
         }
 
 
-class _Slot:
-    """A block on the device whose weights change: a module over one fixed buffer."""
+@dataclass(frozen=True)
+class Piece:
+    """Weights that come and go together.
 
-    def __init__(self, block: nn.Module, packing: _Packing, device: torch.device) -> None:
-        self.buffer = torch.empty(packing.num_bytes, dtype=torch.uint8, device=device)
-        self.block = block
-        for name, view in packing.views(self.buffer).items():
-            owner_name, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(owner_name), leaf, nn.Parameter(view, requires_grad=False))
-        block.eval()
-        self.holds: int | None = None
-        self.ready: Mark | None = None
-        self.done: Mark | None = None
-
-
-class StreamedBlocks:
-    """A sequence of blocks to iterate over once per forward, in order.
-
-    Args:
-        make_block: builds one block on the meta device; all are alike.
-        num_blocks: how many there are.
-        write: fills a host tensor with the named parameter of the block of this index.
-        runtime: where to compute.
-
-    Memory: two blocks on the device, all of them on the host (pinned on CUDA).
+    block: which one they belong to.
+    parts: of the block, in the order of use; none for what is there always.
+    packing: of their parameters.
     """
 
-    def __init__(
-        self,
-        make_block: Callable[[], nn.Module],
-        num_blocks: int,
-        write: Callable[[int, str, torch.Tensor], None],
-        runtime: Runtime,
-    ) -> None:
-        packing = _Packing(make_block())
+    block: int
+    parts: tuple[str, ...]
+    packing: Packing
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights."""
+        return self.packing.num_bytes
+
+
+class StreamPlan:
+    """Which pieces stay on the device, which are streamed, and how much room that takes.
+
+    Args:
+        blocks: on the meta device.
+        unit: what a piece is.
+        resident_bytes: so many bytes at most stay on the device beside what is there always, in whole blocks, spread
+            evenly. (Single pieces would bring others next to each other that were not, and the room would grow.)
+    """
+
+    def __init__(self, blocks: Iterable[InParts], unit: Unit, resident_bytes: int = 0) -> None:
+        pieces = [_pieces(index, block, unit) for index, block in enumerate(blocks)]
+        kept, self.streamed = _spread([[piece for piece in block if piece.parts] for block in pieces], resident_bytes)
+        self.resident = [piece for block in pieces for piece in block if not piece.parts] + kept
+        sizes = [piece.num_bytes for piece in self.streamed]
+        in_turn = [*sizes, sizes[0]] if len(sizes) % 2 == 0 and sizes else sizes  # an odd number ends where it begins
+        self.room_bytes = max([*sizes, *(one + other for one, other in pairwise(in_turn))], default=0)
+
+    @property
+    def device_bytes(self) -> int:
+        """What all blocks together take on the device."""
+        return self.room_bytes + sum(piece.num_bytes for piece in self.resident)
+
+    def offset(self, index: int) -> int:
+        """Where in the room the streamed piece of this index lies: at its ends in turn."""
+        return 0 if index % 2 == 0 else self.room_bytes - self.streamed[index].num_bytes
+
+
+def _pieces(index: int, block: InParts, unit: Unit) -> list[Piece]:
+    """The pieces of a block; one without parts is what is there always."""
+    by_part = {part: parameters for part, parameters in block.part_parameters().items() if parameters}
+    always = by_part.pop("", {})
+    pieces = [Piece(index, (), Packing(always))] if always else []
+    if unit == "part":
+        return pieces + [Piece(index, (part,), Packing(parameters)) for part, parameters in by_part.items()]
+    everything = {name: parameter for parameters in by_part.values() for name, parameter in parameters.items()}
+    return [*pieces, Piece(index, tuple(by_part), Packing(everything))]
+
+
+def _spread(blocks: Sequence[Sequence[Piece]], resident_bytes: int) -> tuple[list[Piece], list[Piece]]:
+    """Those to keep and those to stream: up to each block, the kept share is at most what the budget is of all."""
+    sizes = [sum(piece.num_bytes for piece in block) for block in blocks]
+    kept: list[Piece] = []
+    streamed: list[Piece] = []
+    kept_bytes = seen_bytes = 0
+    for block, num_bytes in zip(blocks, sizes, strict=True):
+        seen_bytes += num_bytes
+        if (kept_bytes + num_bytes) * sum(sizes) <= resident_bytes * seen_bytes:
+            kept_bytes += num_bytes
+            kept += block
+        else:
+            streamed += block
+    return kept, streamed
+
+
+def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: Runtime) -> None:
+    """Gives blocks on the meta device their weights: some to stay, the others to be brought in when they are entered.
+
+    From here on the blocks own the buffers; they have to be run in order, one pass at a time.
+
+    Memory: what the plan says on the device, and all that is streamed on the host (pinned on CUDA).
+    """
+    for piece in plan.resident:
+        buffer = torch.empty(piece.num_bytes, dtype=torch.uint8, device=runtime.device)
+        for name, view in piece.packing.views(buffer).items():
+            write(piece.block, name, view)
+            put(blocks[piece.block], name, view)
+    conveyor = _Conveyor(plan, runtime)
+    entries: dict[int, dict[str, tuple[int, bool, bool]]] = {index: {} for index in range(len(blocks))}
+    for index, piece in enumerate(plan.streamed):
+        for name, view in piece.packing.views(conveyor.host[index]).items():
+            write(piece.block, name, view)
+        for name, view in piece.packing.views(conveyor.places[index]).items():
+            put(blocks[piece.block], name, view)
+        for part in piece.parts:
+            entries[piece.block][part] = (index, part == piece.parts[0], part == piece.parts[-1])
+    for index, block in enumerate(blocks):
+        block.enter_with(_Entry(conveyor, entries[index]))
+        block.eval()
+
+
+class _Entry:
+    """How the parts of one block are entered. Knows no block: nothing here keeps itself alive."""
+
+    def __init__(self, conveyor: "_Conveyor", places: Mapping[str, tuple[int, bool, bool]]) -> None:
+        self._conveyor = conveyor
+        self._places = places
+
+    def __call__(self, part: str) -> AbstractContextManager[object]:
+        if part not in self._places:
+            return nullcontext()  # it is there always
+        return self._during(*self._places[part])
+
+    @contextmanager
+    def _during(self, index: int, is_first: bool, is_last: bool) -> Iterator[None]:  # noqa: FBT001
+        if is_first:
+            self._conveyor.begin(index)
+        yield
+        if is_last:
+            self._conveyor.end(index)
+
+
+class _Conveyor:
+    """Brings streamed pieces into the room in their order, again and again.
+
+    Pieces are counted in turns, which go on over the passes. A turn is brought, begins, and ends. The next one to bring
+    comes as soon as nothing unfinished lies in its place.
+    """
+
+    def __init__(self, plan: StreamPlan, runtime: Runtime) -> None:
+        room = torch.empty(plan.room_bytes, dtype=torch.uint8, device=runtime.device)
+        self._spans = [(plan.offset(i), plan.offset(i) + piece.num_bytes) for i, piece in enumerate(plan.streamed)]
+        self.places = [room[start:stop] for start, stop in self._spans]
+        self.host = [runtime.host_buffer(piece.num_bytes) for piece in plan.streamed]
         self._stream = runtime.side_stream()
-        self._slots = [_Slot(make_block(), packing, runtime.device) for _ in range(min(NUM_SLOTS, num_blocks))]
-        self._host: list[torch.Tensor] = []
-        for index in range(num_blocks):
-            buffer = runtime.host_buffer(packing.num_bytes)
-            for name, view in packing.views(buffer).items():
-                write(index, name, view)
-            self._host.append(buffer)
-        self._turn = 0
-        for slot in self._slots:  # what computed before in this memory has to be over, too
-            slot.done = self._stream.mark_current()
+        self._holds: list[int | None] = [None, None]  # the piece at each end of the room
+        self._ready: list[Mark | None] = [None, None]
+        self._open: list[int] = []
+        self._next = 0  # the turn that begins next
+        self._brought = 0  # turns before this one have been brought
 
-    @staticmethod
-    def device_bytes_for(block: nn.Module, num_blocks: int) -> int:
-        """Bytes that the buffers on the device take for blocks like this one."""
-        return _Packing(block).num_bytes * min(NUM_SLOTS, num_blocks)
+    def begin(self, index: int) -> None:
+        """What the computing stream does next may use the piece of this index."""
+        self._bring()
+        if self._next % len(self.places) != index or self._next == self._brought:
+            self._start_over(index)
+        self._open.append(self._next)
+        self._next += 1
+        ready = self._ready[index % 2]
+        if ready is not None:
+            ready.hold_current()
 
-    def __len__(self) -> int:
-        return len(self._host)
+    def end(self, index: int) -> None:
+        """All calls that use the piece of this index have been made."""
+        self._open = [turn for turn in self._open if turn % len(self.places) != index]
+        self._bring()
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        """Yields each block, ready to be called; asking for the next one says that the last call has been made."""
-        for index in range(len(self._host)):
-            slot = self._slots[self._turn % len(self._slots)]
-            self._turn += 1
-            self._bring(index, slot)
-            self._bring((index + 1) % len(self._host), self._slots[self._turn % len(self._slots)], ahead=True)
-            if slot.ready is not None:
-                slot.ready.hold_current()
-            try:
-                yield slot.block
-            finally:  # also when the caller gives up in the middle, or its block failed
-                slot.done = self._stream.mark_current()
+    def _start_over(self, index: int) -> None:
+        """From this piece on, as in the first pass, or when the one before was given up."""
+        self._open.clear()
+        self._next = self._brought = index
+        self._holds = [None, None]
+        self._bring()
 
-    def _bring(self, index: int, slot: _Slot, *, ahead: bool = False) -> None:
-        """Copies a block's weights into a slot once the slot's last computation is over."""
-        if slot.holds == index or (ahead and len(self._slots) == 1):
-            return
-        if slot.done is not None:
-            self._stream.wait(slot.done)
-        with self._stream.context():
-            slot.buffer.copy_(self._host[index], non_blocking=True)
-        slot.holds, slot.ready = index, self._stream.mark()
+    def _bring(self) -> None:
+        while self._has_place(self._brought):
+            index, end = self._brought % len(self.places), self._brought % len(self.places) % 2
+            if self._holds[end] != index:
+                self._stream.wait(self._stream.mark_current())  # what used this place before is over then
+                with self._stream.context():
+                    self.places[index].copy_(self.host[index], non_blocking=True)
+                self._holds[end], self._ready[end] = index, self._stream.mark()
+            self._brought += 1
+
+    def _has_place(self, turn: int) -> bool:
+        start, stop = self._spans[turn % len(self.places)]
+        unfinished = (*self._open, *range(self._next, self._brought))
+        return all(
+            stop <= other_start or other_stop <= start
+            for other_start, other_stop in (self._spans[other % len(self.places)] for other in unfinished)
+        )

@@ -1,10 +1,12 @@
 """What a runtime is: streams, marks in them, memory counters, generators."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class Runtime(ABC):
     @abstractmethod
     def facts(self) -> dict[str, str]:
         """What a record should say of the device and of the libraries that compute on it."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Starts what starts once per process, so that no phase pays for it. Some libraries keep a workspace."""
 
     def counting(self) -> AbstractContextManager[object]:
         """Inside it the allocator's counters are kept. On CUDA they always are."""
@@ -78,6 +84,10 @@ class Runtime(ABC):
     @abstractmethod
     def side_stream(self) -> "Stream":
         """A stream for copies beside the computation."""
+
+    def as_run(self, blocks: Iterable[nn.Module]) -> Iterable[nn.Module]:
+        """A model's blocks as they are run here: themselves. One that only counts need not run equal blocks again."""
+        return blocks
 
 
 class Stream(ABC):

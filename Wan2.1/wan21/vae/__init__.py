@@ -1,5 +1,7 @@
 """The causal video VAE."""
 
+from wan21.vae.budget import Budget
+from wan21.vae.plan import WHOLE, DecodePlan, Piece
 from wan21.vae.vae import Vae
 
-__all__ = ["Vae"]
+__all__ = ["WHOLE", "Budget", "DecodePlan", "Piece", "Vae"]

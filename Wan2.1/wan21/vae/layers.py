@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wan21.vae.past import Past
+from wan21.vae.tiles import Interval, Window, Windows
 
 KERNEL = 3
 
@@ -91,7 +92,7 @@ def norm_silu_conv(
         x = functional.silu(x, inplace=not torch.is_grad_enabled())
         # A line of its own: the shorter tensor is free before the convolution starts.
         x = past.extend(conv, x)
-        x = conv(x)
+        x = past.crop(conv, conv(x))
         overwrite = True
     return x
 
@@ -122,17 +123,31 @@ class ResidualBlock(nn.Module):
         layers = self.residual
         residual = norm_silu_conv(((layers["0"], layers["2"]), (layers["3"], layers["6"])), x, past)
         # In place is safe with gradients, too: no backward needs the value of a convolution's output.
-        return residual.add_(self.shortcut(x))
+        return residual.add_(past.crop(self, self.shortcut(x)))
+
+    def windows(self, kept: Interval, into: Windows) -> Interval:
+        """The rows of the input on which the rows `kept` of the result depend; notes what each convolution computes."""
+        between = kept.grown()
+        needed = between.grown()
+        into[self.residual["2"]] = Window(computed=needed, kept=between)
+        into[self.residual["6"]] = Window(computed=between, kept=kept)
+        into[self] = Window(computed=needed, kept=kept)
+        return needed
+
+
+# Reshaping happens with the channels behind. An axis of length 1 that is made in front of the channels gets a stride in
+# which convolutions cannot see that channels come last; what they return, and all that follows, is laid out otherwise
+# then: slower, and with hidden copies of each convolution's input and result.
 
 
 def frames_of(x: Tensor) -> Tensor:
     """The frames [B * T, C, H, W] of [B, C, T, H, W]: a view, if channels come last."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def video_of(frames: Tensor, num_videos: int) -> Tensor:
     """The videos [B, C, T, H, W] with the frames [B * T, C, H, W]: a view."""
-    return frames.unflatten(0, (num_videos, -1)).transpose(1, 2)
+    return frames.permute(0, 2, 3, 1).unflatten(0, (num_videos, -1)).permute(0, 4, 1, 2, 3)
 
 
 class AttentionBlock(nn.Module):
@@ -155,7 +170,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.chunk(3, dim=-1)
         attended = functional.scaled_dot_product_attention(q, k, v)
         del qkv, q, k, v
-        frames = attended.squeeze(1).transpose(1, 2).unflatten(2, (height, -1))  # [B * T, C, H, W]
+        frames = attended.squeeze(1).unflatten(1, (height, -1)).permute(0, 3, 1, 2)  # [B * T, C, H, W]
         del attended
         return video_of(self.proj(frames), batch).add_(x)
 
@@ -214,7 +229,13 @@ class Upsample(nn.Module):
         if self.time_conv is not None and not past.is_first:
             x = past.extend(self.time_conv, x)
             x = _interleave(self.time_conv(x))
-        return video_of(self.resample(frames_of(x)), x.shape[0])
+        return past.crop(self, video_of(self.resample(frames_of(x)), x.shape[0]))
+
+    def windows(self, kept: Interval, into: Windows) -> Interval:
+        """The rows of the input on which the rows `kept` of the result depend; notes what the convolution computes."""
+        needed = kept.grown().halved()
+        into[self] = Window(computed=needed.doubled(), kept=kept)
+        return needed
 
 
 def _interleave(x: Tensor) -> Tensor:

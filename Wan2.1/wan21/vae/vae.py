@@ -9,6 +9,7 @@ Reference: Wan2.1 (arXiv 2503.20314), the section on the spatio-temporal VAE.
 """
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
+from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles
 
 # Of the 16 channels of the released VAE's latents, over its training data.
 LATENT_MEAN = (
@@ -53,10 +55,15 @@ class Vae(nn.Module):
         self.z_dim = config.z_dim
         self.temporal_stride = 2 ** sum(config.temporal_downsample)
         self.spatial_stride = 2 ** len(config.temporal_downsample)
-        self.encoder = Encoder(config, dtype=dtype)
-        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
+        self.encoder: Encoder | None = Encoder(config, dtype=dtype)
+        self.conv1: nn.Conv3d | None = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1, dtype=dtype)
         self.decoder = Decoder(config, dtype=dtype)
+
+    def drop_encoder(self) -> None:
+        """Lets go of what only encoding needs, 42 % of the weights: 214 MB in float32."""
+        self.encoder = None
+        self.conv1 = None
 
     def encode(self, video: Tensor) -> Tensor:
         """The normalised latents of a video: the mean of their distribution, nothing is drawn.
@@ -68,11 +75,14 @@ class Vae(nn.Module):
             [B, C, t, h, w] in float32, C = z_dim.
 
         Raises:
-            UsageError: T is not 4n + 1, or a side is not a multiple of 8. (The official code drops what is left over.)
+            UsageError: T is not 4n + 1, or a side is not a multiple of 8 (the official code drops what is left over),
+                or the encoder was dropped.
 
         Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at
         832 x 480 is 2.2 GB in float32; neither grows with the number of frames.
         """
+        if self.encoder is None or self.conv1 is None:
+            raise UsageError("this VAE has no encoder any more; load it again, and do not call drop_encoder")
         batch, _, num_frames, height, width = video.shape
         t, h, w = self._latent_shape(num_frames, height, width)
         mean, inverse_std = _latent_statistics(video.device)
@@ -90,52 +100,101 @@ class Vae(nn.Module):
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """The video of some normalised latents, as many frames at a time as a latent frame gives.
 
-        Whoever takes the frames away as they come needs no memory for the whole video.
-
         Args:
             latents: [B, C, t, h, w], C = z_dim, any floating format.
 
         Yields:
-            [B, 3, 1, H, W], then t - 1 times [B, 3, 4, H, W], in float32 and clamped to [-1, 1]. Strides are the
-            decoder's: channels last.
+            [B, 3, 1, H, W], then t - 1 times [B, 3, 4, H, W]: `decode_pieces` of whole frames.
+        """
+        # Not a generator, which would hold each chunk while it makes the next one.
+        return map(attrgetter("pixels"), self.decode_pieces(latents))
 
-        Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 33 layers, which at
-        832 x 480 is 3.8 GB in float32; neither grows with the number of frames.
+    def decode_pieces(self, latents: Tensor, plan: DecodePlan = WHOLE) -> Iterator[Piece]:
+        """The video of some normalised latents, piece by piece.
+
+        Whoever takes the pieces away as they come needs no memory for the whole video. Tiles come one after the other,
+        each through all frames; nothing is blended, and each pixel comes once.
+
+        Args:
+            latents: [B, C, t, h, w], C = z_dim, any floating format.
+            plan: what is decoded at once.
+
+        Yields:
+            For each tile a piece of the first frame, then t - 1 pieces of 4 frames.
+
+        Raises:
+            UsageError: the plan has more tiles on a side than there are latents.
+
+        Memory: `wan21.vae.budget.Budget.num_bytes`. For whole frames at T = 4 and full resolution
+        [B, base_dim, 3T + 2, H, W] beside the past of 33 layers, which at 832 x 480 is 3.8 GB in float32; neither grows
+        with the number of frames. With tiles the same for a tile with its halo, and beside it the features of all
+        latent frames, [B, 4 base_dim, t, h, w].
         """
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
-        past = Past()
-        t = z.shape[2]
-        for i in range(t):
-            past.is_first, past.is_last = i == 0, i == t - 1
-            # Not named: the chunk belongs to the caller alone.
-            yield self.decoder(z[:, :, i : i + 1], past).float().clamp_(-1, 1)
+        t, h, w = z.shape[2:]
+        features = self._low_of_all(z) if plan.num_tiles > 1 else None
+        for tile in tiles(self.decoder, plan, h, w):
+            if features is None:
+                past, chunks = Past(), self._low(z)
+            else:
+                past = Past(tile.crops())
+                part = features[..., tile.rows.features.as_slice(), tile.cols.features.as_slice()]
+                chunks = iter(part.split(1, dim=2))
+            start = 0
+            for i in range(t):
+                past.is_first, past.is_last = i == 0, i == t - 1
+                stop = start + (1 if i == 0 else self.temporal_stride)
+                # Not named, here and in the decoder: a name would keep its value alive beside what follows from it.
+                yield Piece(
+                    slice(start, stop),
+                    tile.rows.pixels.as_slice(),
+                    tile.cols.pixels.as_slice(),
+                    self.decoder.high(self.decoder.mid(next(chunks), past), past, frames_at_once=plan.frames_at_once)
+                    .float()
+                    .clamp_(-1, 1),
+                )
+                start = stop
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, plan: DecodePlan = WHOLE) -> Tensor:
         """The video of some normalised latents, whole.
 
         Args:
             latents: [B, C, t, h, w], C = z_dim, any floating format.
+            plan: what is decoded at once.
 
         Returns:
             [B, 3, T, H, W] in float32, clamped to [-1, 1].
 
-        Memory: the video once, and that of `decode_chunks`.
+        Memory: the video once, and that of `decode_pieces`.
         """
         batch, _, t, h, w = latents.shape
         num_frames = self.temporal_stride * (t - 1) + 1
         shape = (batch, 3, num_frames, self.spatial_stride * h, self.spatial_stride * w)
         video = torch.empty(shape, dtype=torch.float32, device=latents.device)
-        start = 0
-        for chunk in self.decode_chunks(latents):
-            stop = start + chunk.shape[2]
-            video[:, :, start:stop] = chunk
-            start = stop
+        for piece in self.decode_pieces(latents, plan):
+            video[:, :, piece.frames, piece.rows, piece.cols] = piece.pixels
         return video
+
+    def _low(self, z: Tensor) -> Iterator[Tensor]:
+        """The low part's result for each latent frame of z [B, C, t, h, w]: t times [B, C', 1, h, w]."""
+        past = Past()
+        for i in range(z.shape[2]):
+            past.is_first, past.is_last = i == 0, i == z.shape[2] - 1
+            yield self.decoder.low(z[:, :, i : i + 1], past)
+
+    def _low_of_all(self, z: Tensor) -> Tensor:
+        """The same in one tensor, [B, C', t, h, w], channels last."""
+        shape = (z.shape[0], self.decoder.low_dim, *z.shape[2:])
+        features = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last_3d)
+        for i, frame in enumerate(self._low(z)):
+            features[:, :, i : i + 1] = frame
+            del frame  # or it would stand beside the next one
+        return features
 
     def _as_input(self, x: Tensor) -> Tensor:
         """The same values in the parameters' format, channels last."""
-        return x.to(dtype=self.conv1.weight.dtype, memory_format=torch.channels_last_3d)
+        return x.to(dtype=self.conv2.weight.dtype, memory_format=torch.channels_last_3d)
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         stride = self.temporal_stride

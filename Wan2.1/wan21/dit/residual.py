@@ -1,0 +1,52 @@
+"""The residual stream, seen a window of tokens at a time.
+
+Letters: B videos, L tokens, D model width.
+
+A block reads and changes the residual of a token without looking at other tokens. So the residual need not lie in one
+tensor, nor on the device: whoever keeps it elsewhere yields windows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+Window = tuple[slice, torch.Tensor]
+"""Which tokens, and their residual, [B, rows, D] in float32 on the device."""
+
+
+class Windowed(ABC):
+    """A residual that yields windows of its own size. Each is to be done with before the next is asked for."""
+
+    shape: torch.Size
+    """[B, L, D]."""
+
+    @abstractmethod
+    def windows(self, *, reads: bool = True, writes: bool = False) -> Iterator[Window]:
+        """All tokens, in order; without `reads` what a window holds is undefined, without `writes` it is not kept."""
+
+
+Residual = torch.Tensor | Windowed
+"""[B, L, D] in float32, in one tensor on the device, or in windows."""
+
+
+def row_slices(num_rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` rows; one slice of all of them where gradients are kept."""
+    if torch.is_grad_enabled():
+        size = num_rows
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def windows(residual: Residual, size: int, *, reads: bool = True, writes: bool = False) -> Iterator[Window]:
+    """All tokens, in order: views of one tensor of `size` rows each, or what a windowed residual yields."""
+    if isinstance(residual, torch.Tensor):
+        yield from chunks(residual, size)
+    else:
+        yield from residual.windows(reads=reads, writes=writes)
+
+
+def chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:
+    """Views of [B, rows, D], `size` rows each, the first of which is token number `first`."""
+    for rows in row_slices(x.shape[1], size):
+        yield slice(first + rows.start, first + rows.stop), x[:, rows]

@@ -1,0 +1,225 @@
+"""What a plan takes, in bytes and in work, and the best plan for a number of bytes. By arithmetic: nothing runs.
+
+Bytes are what tensors ask for. Kernels that need room of their own come on top; cuDNN needs none for these
+convolutions when channels come last.
+
+Letters: C channels; T frames at the layer at hand; P positions that it computes; t, h, w of the latents.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import TypeAlias, cast
+
+from torch import nn
+
+from wan21.errors import UsageError
+from wan21.vae.decoder import Decoder
+from wan21.vae.layers import AttentionBlock, ResidualBlock, Upsample
+from wan21.vae.plan import DecodePlan, strips
+
+PAST = 2
+"""Frames that a causal convolution remembers."""
+
+MIN_TILE = 8
+"""Latent positions on a side of the smallest tile that is looked at: a smaller one is all halo."""
+
+SINGLE_FRAME_WORK = 1.06
+"""How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
+
+Positions: TypeAlias = Mapping[nn.Module, int]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a layer, or several in a row, take: numbers that stay, numbers at most in passing, multiply-adds."""
+
+    past: int
+    passing: int
+    macs: int
+
+    def then(self, other: "Need") -> "Need":
+        """This and then the other."""
+        return Need(self.past + other.past, max(self.passing, other.passing), self.macs + other.macs)
+
+
+NOTHING = Need(0, 0, 0)
+
+
+def _macs(conv: nn.Module, positions: int) -> int:
+    return cast("nn.Conv3d", conv).weight.numel() * positions
+
+
+def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
+    first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
+    in_dim, out_dim = first.in_channels, first.out_channels
+    outer, inner = positions[first], positions[second]
+    normed, joined = frames * in_dim * outer, (frames + past) * in_dim * outer
+    between, joined_again = frames * out_dim * outer, (frames + past) * out_dim * inner
+    # Beside the input: normed and joined; joined and the first result; that, joined; joined and the second result.
+    passing = frames * in_dim * stored + max(normed + joined, joined + between, between + joined_again)
+    macs = frames * (_macs(first, outer) + _macs(second, inner))
+    if isinstance(block.shortcut, nn.Conv3d):
+        macs += frames * _macs(block.shortcut, outer)
+    return Need(past * (in_dim * outer + out_dim * inner), passing, macs)
+
+
+def _attention(block: AttentionBlock, positions: Positions, frames: int) -> Need:
+    computed = frames * positions[block]
+    # The input, normed, and queries, keys and values. The products of attention itself are left out of the work.
+    return Need(0, 5 * block.proj.in_channels * computed, _macs(block.to_qkv, computed) + _macs(block.proj, computed))
+
+
+def _upsample(layer: Upsample, positions: Positions, frames: int, past: int, stored: int) -> Need:
+    conv = cast("nn.Conv2d", layer.resample[1])
+    before, dim = positions[layer] // 4, conv.in_channels
+    passing, remembered, macs = frames * dim * stored, 0, 0
+    if layer.time_conv is not None and past:
+        remembered, macs = past * dim * before, frames * _macs(layer.time_conv, before)
+        frames *= 2
+        passing += frames * dim * before
+    # The enlarged input is four times it, the result with half the channels twice.
+    return Need(remembered, passing + 6 * frames * dim * before, macs + frames * _macs(conv, positions[layer]))
+
+
+def _chain(
+    layers: Iterable[nn.Module], positions: Positions, frames: int, past: int, stored: int
+) -> tuple[Need, int, int]:
+    """What layers take in a row, how many frames come out, and in memory for how many positions each of them lies.
+
+    What is cut off stays in memory as long as the rest, so `stored` may be more than the next layer computes.
+    """
+    need = NOTHING
+    for layer in layers:
+        if isinstance(layer, ResidualBlock):
+            need = need.then(_block(layer, positions, frames, past, stored))
+            stored = positions[layer.residual["6"]]
+        elif isinstance(layer, AttentionBlock):
+            need = need.then(_attention(layer, positions, frames))
+        elif isinstance(layer, Upsample):
+            need = need.then(_upsample(layer, positions, frames, past, stored))
+            stored = positions[layer]
+            frames *= 2 if layer.time_conv is not None and past else 1
+    return need, frames, stored
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the decoder's three parts take, for one latent frame.
+
+    num_frames: how many come out.
+    waiting: numbers of the middle part's result, and of pixels that are ready, while the high part runs in parts.
+    """
+
+    low: Need
+    mid: Need
+    high: Need
+    waiting: int
+    num_frames: int
+
+
+def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int, frames_at_once: int | None) -> _Parts:
+    whole = dict.fromkeys(decoder.modules(), num_positions)
+    low, _, _ = _chain((*decoder.middle, *decoder.upsamples[: decoder.first_upsampling]), whole, 1, past, num_positions)
+    first = decoder.conv1
+    low = low.then(Need(past * first.in_channels * num_positions, 0, _macs(first, num_positions)))
+
+    layers = decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling]
+    needed = positions[decoder.upsamples[decoder.first_upsampling]] // 4
+    mid, frames, stored = _chain(layers, positions, 1, past, needed)
+
+    at_once = min(frames, frames_at_once or frames)
+    layers = decoder.upsamples[decoder.last_upsampling :]
+    high, _, _ = _chain(layers, positions, at_once, past, stored)
+    head = cast("nn.Conv3d", decoder.head["2"])
+    computed = head.in_channels * positions[head]
+    high = high.then(Need(past * computed, (2 * at_once + past) * computed, at_once * _macs(head, positions[head])))
+    waiting = 0
+    if at_once < frames:
+        last = cast("nn.Conv2d", cast("Upsample", layers[0]).resample[1])
+        waiting = frames * (last.in_channels * stored + head.out_channels * positions[head])
+        # All of it is done as often as it takes.
+        high = Need(high.past, high.passing, high.macs * frames // at_once)
+    return _Parts(low, mid, high, waiting, frames)
+
+
+class Budget:
+    """Bytes and work of plans for one video.
+
+    Args:
+        decoder: its layers are counted; it may be on the meta device.
+        latent_shape: (t, h, w).
+        itemsize: bytes of a number in the decoder's format.
+        batch_size: videos decoded together.
+    """
+
+    def __init__(
+        self, decoder: Decoder, latent_shape: tuple[int, int, int], *, itemsize: int, batch_size: int = 1
+    ) -> None:
+        self._decoder = decoder
+        self._shape = latent_shape
+        self._bytes_per_number = itemsize * batch_size
+        self._past = PAST if latent_shape[0] > 1 else 0
+        self._cache: dict[tuple[str, int, bool], Positions] = {}
+
+    def num_bytes(self, plan: DecodePlan) -> int:
+        """The most that `Vae.decode_pieces` takes at a time, beside weights and the latents that it is given."""
+        t, h, w = self._shape
+        parts = self._parts(plan, largest=True)
+        low, mid, high = parts.low, parts.mid, parts.high
+        tile = mid.past + high.past + max(mid.passing, parts.waiting + high.passing)
+        if plan.num_tiles == 1:
+            most = low.past + max(low.passing, tile)
+        else:
+            most = self._decoder.low_dim * t * h * w + max(low.past + low.passing, tile)
+        scaled = self._decoder.conv1.in_channels * t * h * w
+        return (scaled + most) * self._bytes_per_number
+
+    def work(self, plan: DecodePlan) -> float:
+        """Multiply-adds for one latent frame, halos included."""
+        parts = self._parts(plan, largest=False)
+        macs = parts.low.macs + parts.mid.macs + parts.high.macs
+        return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
+
+    def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
+        _, h, w = self._shape
+        return _parts(self._decoder, h * w, self._positions(plan, largest=largest), self._past, plan.frames_at_once)
+
+    def best_plan(self, budget_bytes: int) -> DecodePlan:
+        """The plan of least work among those that take no more than `budget_bytes`.
+
+        Raises:
+            UsageError: there is none.
+        """
+        _, h, w = self._shape
+        grids = list(product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1)))
+        least = 0
+        for frames in (None, 1):
+            plans = [DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames) for rows, cols in grids]
+            sizes = {plan: self.num_bytes(plan) for plan in plans}
+            fitting = [plan for plan in plans if sizes[plan] <= budget_bytes]
+            if fitting:
+                return min(fitting, key=lambda plan: (self.work(plan), plan.num_tiles))
+            least = min(sizes.values())
+        raise UsageError(
+            f"budget_bytes={budget_bytes} is too little to decode {self._shape[0]} x {h} x {w} latents: the smallest "
+            f"tiles need {least}; allow that, or choose a smaller number format, a smaller picture or fewer frames"
+        )
+
+    def _positions(self, plan: DecodePlan, *, largest: bool) -> Positions:
+        """By layer, the positions that it computes: in the largest tile, or in all tiles together."""
+        _, h, w = self._shape
+        rows = self._computed("num_tile_rows", h, plan.num_tile_rows, largest=largest)
+        cols = self._computed("num_tile_cols", w, plan.num_tile_cols, largest=largest)
+        return {layer: rows[layer] * cols[layer] for layer in rows}
+
+    def _computed(self, name: str, size: int, count: int, *, largest: bool) -> Positions:
+        """By layer, the rows (or columns) that it computes."""
+        key = (name, count, largest)
+        if key not in self._cache:
+            combine = max if largest else sum
+            found = strips(self._decoder, size, count, name)
+            self._cache[key] = {
+                layer: combine(len(strip.windows[layer].computed) for strip in found) for layer in found[0].windows
+            }
+        return self._cache[key]

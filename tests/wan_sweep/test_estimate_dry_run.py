@@ -1,0 +1,103 @@
+"""The whole pipeline on a fake device, where shortcuts and stand-ins must not change a byte."""
+
+import pytest
+import torch
+
+from wan21.config import MODELS
+from wan21.text.umt5 import TextEncoder
+from wan21.weights.load import materialize
+from wan21.weights.random import RandomWeights
+from wan_sweep.allocator import Settings
+from wan_sweep.allocator.rules import SMALL_SEGMENT_BYTES
+from wan_sweep.estimate.cards import card_named
+from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
+from wan_sweep.estimate.fake_device import STAND_IN
+from wan_sweep.estimate.memory import Event, Take
+from wan_sweep.estimate.weights import UndrawnWeights
+from wan_sweep.schema import Job
+
+H100 = card_named("H100-80GB")
+TINY = Job(model="tiny", device="cuda")
+JOBS = {
+    "streamed": TINY.replace(load_strategy="block", offload=True, attention_slicing=True, precision="fp32"),
+    "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
+}
+
+
+def bytes_of(run: DryRun) -> dict[str, int | float]:
+    assert run.error is None
+    names = [name for name in run.metrics if name.startswith("memory/") and "host_rss" not in name]
+    return {name: run.metrics[name] for name in names}
+
+
+@pytest.fixture(scope="module", params=JOBS)
+def job(request: pytest.FixtureRequest) -> Job:
+    return JOBS[request.param]
+
+
+@pytest.fixture(scope="module")
+def predicted(job: Job) -> DryRun:
+    return dry_run(job, Simulation(H100, Settings()))
+
+
+def test_a_second_meta_device_gives_the_same_bytes_as_fake_cuda(job: Job, predicted: DryRun) -> None:
+    simulation = Simulation(H100, Settings(), device=STAND_IN)
+    assert bytes_of(dry_run(job, simulation)) == bytes_of(predicted)
+
+
+def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(job: Job, predicted: DryRun) -> None:
+    every = dry_run(job, Simulation(H100, Settings(), repeats_blocks=False))
+    assert bytes_of(every) == bytes_of(predicted)
+    assert every.series["step/reserved_bytes"] == predicted.series["step/reserved_bytes"]
+    assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
+
+
+def test_more_steps_than_the_first_four_ask_for_no_more() -> None:
+    job = TINY.replace(sample_steps=9)
+    few, every = (dry_run(job, Simulation(H100, Settings()), most_steps=steps) for steps in (4, 9))
+    assert len(few.series["step/allocated_bytes"]) == 4
+    assert len(every.series["step/allocated_bytes"]) == 9
+    for phase in ("encode_text", "denoise", "decode"):
+        name = f"memory/peak/{phase}/requested_bytes"
+        assert every.metrics[name] == few.metrics[name]
+    # Where tensors lie when denoising ends may differ, and a segment more or less follows from that.
+    for name in ("memory/peak/allocated_bytes", "memory/peak/reserved_bytes"):
+        assert every.metrics[name] == pytest.approx(few.metrics[name], abs=SMALL_SEGMENT_BYTES)
+
+
+def test_loads_change_requested_bytes_by_those_of_the_parameters(predicted: DryRun) -> None:
+    assert predicted.warnings == []  # the recorder's own check
+
+
+def test_more_chunks_of_decoding_add_only_what_the_longer_latents_take() -> None:
+    num_more_chunks = 3
+    runs = [
+        dry_run(TINY.replace(frame_num=frames, offload=True, sample_steps=1), Simulation(H100, Settings()))
+        for frames in (13, 13 + 4 * num_more_chunks)
+    ]
+    short, longer = (run.metrics["memory/peak/decode/requested_bytes"] for run in runs)
+    latent_frame = 16 * (96 // 8) * (160 // 8) * 4
+    # The latents, and what the VAE makes of them before it goes through them frame by frame.
+    assert longer - short == 2 * num_more_chunks * latent_frame
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_load_stages_what_drawing_the_weights_would(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def events(*, is_drawn: bool) -> list[tuple[int, int | None]]:
+        simulation = Simulation(H100, Settings())
+        spec = MODELS["tiny"]
+        seen: list[Event] = []
+        with simulation.running():
+            with torch.device("meta"):
+                model = TextEncoder(spec.text, dtype=torch.bfloat16)
+            drawn = RandomWeights(spec, 0, simulation.runtime.generator)
+            undrawn = UndrawnWeights(spec, simulation.runtime, simulation.memory)
+            simulation.memory.listeners.append(seen.append)
+            where = simulation.device if place == "device" else torch.device("cpu")
+            materialize(model, drawn.t5() if is_drawn else undrawn.t5(), where)
+        return [(event.number, event.holding.num_bytes if isinstance(event, Take) else None) for event in seen]
+
+    monkeypatch.setattr("wan21.weights.source.STAGING_BYTES", 2**17)  # several pieces for each of the larger tensors
+    drawn = events(is_drawn=True)
+    assert len(drawn) > 200
+    assert events(is_drawn=False) == drawn

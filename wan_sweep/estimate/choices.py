@@ -1,0 +1,110 @@
+"""Takes the branches that torch takes on CUDA where a build for CPUs, or a mode, would take others.
+
+These functions decide before a dispatch mode can see them: which attention kernel, whether the RMS norm is one kernel,
+whether a bias is added in place. A function mode sits above all of that.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from wan_sweep.estimate.cards import Card
+
+Choice = Callable[..., torch.Tensor]
+Attention = Literal["cudnn", "flash", "efficient"]
+
+FLASH_MOST_HEAD_DIM = 256
+CUDNN_MOST_HEAD_DIM = 256
+EFFICIENT_IN_REGISTERS = 128
+"""Wider heads of the memory-efficient kernel do not fit into registers: their sums wait in memory, in float32."""
+HALF = (torch.float16, torch.bfloat16)
+
+aten: Any = torch.ops.aten
+
+
+def attention_kernel(query: torch.Tensor, card: Card) -> Attention:
+    """Which kernel torch takes for attention without a mask, in inference."""
+    if query.dtype in HALF:
+        if card.prefers_cudnn_attention and query.shape[-1] <= CUDNN_MOST_HEAD_DIM:
+            return "cudnn"
+        if query.shape[-1] <= FLASH_MOST_HEAD_DIM:
+            return "flash"
+    return "efficient"
+
+
+class CudaChoices(TorchFunctionMode):
+    """Makes functions on one device behave as they do on a card.
+
+    Args:
+        device: whose tensors.
+        card: what plays it.
+    """
+
+    def __init__(self, device: torch.device, card: Card) -> None:
+        super().__init__()
+        self._device = device
+        self._card = card
+        self._choices: dict[Any, Choice] = {
+            functional.scaled_dot_product_attention: self._attention,
+            functional.rms_norm: self._rms_norm,
+            functional.linear: self._linear,
+        }
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401 # a function of torch carries no type
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        choice = self._choices.get(func)
+        if choice is None or args[0].device != self._device:
+            return func(*args, **(kwargs or {}))
+        return choice(*args, **(kwargs or {}))
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Of [B, N, L, K]; the networks pass nothing but these three.
+
+        Memory: the result, in the query's layout for cuDNN and as [B, L, N, K] else; for flash one float32 for each
+        row, for the memory-efficient kernel with wide heads of half precision sums in float32.
+        """
+        kernel = attention_kernel(query, self._card)
+        batch, heads, length, _ = query.shape
+        width = value.shape[-1]
+        if kernel == "cudnn":
+            return torch.empty_like(query)
+        out = query.new_empty(batch, length, heads, width)
+        beside = None
+        if kernel == "flash":
+            beside = query.new_empty(batch, heads, length, dtype=torch.float32)
+        elif width > EFFICIENT_IN_REGISTERS and query.dtype in HALF:
+            beside = query.new_empty(batch, length, heads, width, dtype=torch.float32)
+        del key, beside
+        return out.transpose(1, 2)
+
+    def _rms_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: list[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        """One kernel.
+
+        Memory: the result, and one float32 for each row.
+        """
+        if weight is not None:
+            return functional.rms_norm(x, normalized_shape, weight, eps)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = x.new_empty((*x.shape[: -len(normalized_shape)], *[1] * len(normalized_shape)), dtype=torch.float32)
+        del rows
+        return out
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """With a mode around, torch would add the bias into another tensor where the product was not fused."""
+        if bias is None or x.dim() == 2 or x.is_contiguous():
+            return functional.linear(x, weight, bias)
+        return functional.linear(x, weight).add_(bias)

@@ -1,0 +1,141 @@
+"""One job on a device without memory: the pipeline itself runs, on fake tensors, and a model counts."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wan21.assets import Assets
+from wan21.events import Span, together
+from wan21.pipeline import TextToVideo
+from wan21.text.tokenizer import Tokenizer
+from wan_sweep.allocator import Allocator, Settings
+from wan_sweep.build import build_options, build_request, build_spec
+from wan_sweep.estimate.cards import Card
+from wan_sweep.estimate.choices import CudaChoices
+from wan_sweep.estimate.fake_device import fake_device
+from wan_sweep.estimate.kernel_table import row_for
+from wan_sweep.estimate.memory import DeviceMemory
+from wan_sweep.estimate.replay import Replays
+from wan_sweep.estimate.runtime import EstimatingRuntime
+from wan_sweep.estimate.tracker import StorageTracker
+from wan_sweep.estimate.weights import UndrawnWeights
+from wan_sweep.measure.recorder import Recorder
+from wan_sweep.schema import Job
+
+MOST_STEPS = 4
+"""The first step, the second, one with the solver's history full, and the last, which forgets it; others repeat."""
+
+
+class Places:
+    """An observer that tells the memory where the run is."""
+
+    wants_blocks = False
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+
+    def span(self, span: Span) -> AbstractContextManager[object]:
+        """Labels what happens inside."""
+        outer = self._memory.place
+        if span.kind == "phase":
+            return self._memory.at(replace(outer, phase=span.name))
+        if span.kind == "component":
+            return self._memory.at(replace(outer, component=span.name))
+        if span.kind == "step":
+            return self._memory.at(replace(outer, step=span.index))
+        return nullcontext()
+
+
+class NoSink:
+    """Takes a recorder's events and keeps none."""
+
+    def write(self, event: dict[str, Any], *, is_urgent: bool) -> None:
+        """Nothing to keep."""
+
+
+class Simulation:
+    """A device of a card's size that holds tensors without memory, and everything that counts on it.
+
+    Args:
+        card: what to play.
+        settings: of torch's allocator.
+        limit_bytes: the most that the allocator may take; None: all that the process can have.
+        device: a fake one; by default the most faithful that this build of torch can have.
+        repeats_blocks: whether equal blocks run once.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        settings: Settings,
+        *,
+        limit_bytes: int | None = None,
+        device: torch.device | None = None,
+        repeats_blocks: bool = True,
+    ) -> None:
+        room = card.device_bytes - row_for(card)[0].context_bytes
+        capacity = room if limit_bytes is None else min(room, limit_bytes)
+        self.card = card
+        self.device = fake_device() if device is None else device
+        self.memory = DeviceMemory(Allocator(settings, capacity_bytes=capacity, device_bytes=card.device_bytes))
+        replays = Replays(self.memory, is_on=repeats_blocks)
+        self.runtime = EstimatingRuntime(self.device, self.memory, card, replays)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside it tensors on the device are fake, and all of them are counted."""
+        with (
+            torch.no_grad(),
+            FakeTensorMode(),
+            StorageTracker(self.device, self.memory, self.card),
+            CudaChoices(self.device, self.card),
+        ):
+            yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What came of it.
+
+    Attributes:
+        metrics, series: of the recorder, which times this process, too, and reads its resident memory.
+        warnings: of the recorder.
+        error: what ended the run, if anything did, and where.
+    """
+
+    metrics: dict[str, int | float]
+    series: dict[str, list[int] | list[float]]
+    warnings: list[dict[str, str]]
+    error: Exception | None
+    failed_at: dict[str, Any] | None
+
+
+def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS) -> DryRun:
+    """Runs the pipeline from the warm-up to the end, with `most_steps` steps at most."""
+    runtime, memory = simulation.runtime, simulation.memory
+    spec, options, request = build_spec(job), build_options(job), build_request(job)
+    request = replace(request, num_steps=min(request.num_steps, most_steps))
+    tokenizer = Tokenizer.built_in(max_tokens=spec.text.text_len)
+    assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
+    error: Exception | None = None
+    with simulation.running():
+        runtime.warm_up()
+        recorder = Recorder(runtime, NoSink(), process_used=runtime.device_used_bytes)
+        observer = together(Places(memory), recorder)
+        try:
+            generation = TextToVideo(spec, options, assets, runtime, observer).generate(request)
+            with observer.span(Span(kind="phase", name="save")):
+                del generation
+        except torch.OutOfMemoryError as caught:
+            error = caught.with_traceback(None)  # which would keep the tensors of the run alive
+    return DryRun(
+        metrics=recorder.metrics(),
+        series=recorder.series(),
+        warnings=recorder.warnings,
+        error=error,
+        failed_at=recorder.failed_at,
+    )

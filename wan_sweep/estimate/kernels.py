@@ -1,0 +1,130 @@
+"""What kernels of CUDA allocate, where an operation on a fake tensor does not show it.
+
+An entry stands for one operation as it reaches the dispatcher. It says which memory comes before the outputs (copies of
+inputs that the kernel cannot read as they lie), which with them (a kernel's own workspace), and which stays for good.
+Memory that comes before goes after the call; so does a workspace, and a copy of a weight.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+from wan_sweep.estimate.cards import Card
+from wan_sweep.estimate.kernel_table import row_for
+from wan_sweep.estimate.memory import Basis
+
+aten: Any = torch.ops.aten
+VECTOR_BYTES = 16
+"""What cuDNN's kernels read at once; where the channels of a result do not divide by it, others take over."""
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Memory that a kernel takes for itself."""
+
+    num_bytes: int
+    name: str
+    basis: Basis
+
+
+def _none(*_: object) -> list[Hidden]:
+    return []
+
+
+def _nothing(*_: object) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What one operation allocates besides its outputs.
+
+    Attributes:
+        before: copies made before the outputs are, from the arguments.
+        beside: what comes once the outputs are there, from arguments and outputs.
+        possible: bytes that may come then as well, where nobody has measured; nothing is taken, only considered.
+        kept: workspaces of a library that come with the first call on a stream, and stay.
+        stand_in: makes the outputs, where those of fake tensors would lie differently in memory.
+    """
+
+    before: Callable[[Sequence[Any]], list[Hidden]] = _none
+    beside: Callable[[Sequence[Any], Any], list[Hidden]] = _none
+    possible: Callable[[Sequence[Any], Any], int] = _nothing
+    kept: tuple[Hidden, ...] = ()
+    stand_in: Callable[[Sequence[Any]], Any] | None = None
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of all elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def kernels(card: Card) -> Mapping[Any, Kernel]:
+    """The operations of which fake tensors do not show everything, by overload."""
+    row, is_measured = row_for(card)
+    basis: Basis = "table" if is_measured else "guess"
+    cublas = Hidden(card.cublas_workspace_bytes, "cuBLAS workspace", "rule")
+    cublaslt = Hidden(row.cublaslt_workspace_bytes, "cuBLASLt workspace", basis)
+    return {
+        aten.mm.default: Kernel(kept=(cublas,)),
+        aten.bmm.default: Kernel(kept=(cublas,)),
+        aten.addmm.default: Kernel(kept=(cublas, cublaslt)),  # cuBLASLt adds the bias
+        aten.native_layer_norm.default: Kernel(before=_contiguous_input),
+        aten.convolution.default: Kernel(
+            beside=lambda args, out: _convolution_buffers(args, out, basis),
+            possible=_nothing if is_measured else _convolution_copies,
+            stand_in=_convolution,
+        ),
+    }
+
+
+def _contiguous_input(args: Sequence[Any]) -> list[Hidden]:
+    """The kernel reads rows one after the other."""
+    x: torch.Tensor = args[0]
+    return [] if x.is_contiguous() else [Hidden(num_bytes(x), "contiguous input", "rule")]
+
+
+def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """The layout that torch lets cuDNN compute in: channels last as soon as one of both has it."""
+    last = CHANNELS_LAST[weight.dim()]
+    if suggest_memory_format(x) == last or suggest_memory_format(weight) == last:
+        return last
+    return torch.contiguous_format
+
+
+def _convolution(args: Sequence[Any]) -> torch.Tensor:
+    x, weight, _, stride, padding, dilation = args[:6]
+    sides = [
+        (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[0], *sides)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x, weight))
+
+
+def _convolution_copies(args: Sequence[Any], out: torch.Tensor) -> int:
+    """Input, weight and result once more: what kernels take that want another layout."""
+    return num_bytes(args[0]) + num_bytes(args[1]) + num_bytes(out)
+
+
+def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, basis: Basis) -> list[Hidden]:
+    x, weight = args[:2]
+    layout = _layout(x, weight)
+    buffers = []
+    if not weight.is_contiguous(memory_format=layout):
+        buffers.append(Hidden(num_bytes(weight), "weight in the input's layout", "rule"))
+    if math.prod(weight.shape[2:]) == 1:
+        return buffers
+    if layout == torch.contiguous_format:
+        # cuDNN's kernels for tensor cores want channels last.
+        buffers.append(Hidden(_convolution_copies(args, out), "cuDNN's copies in channels-last order", basis))
+    elif weight.shape[0] % (VECTOR_BYTES // x.element_size()):
+        copies = num_bytes(x) + num_bytes(weight) + VECTOR_BYTES
+        buffers.append(Hidden(copies, "cuDNN's copies of input and weight", basis))
+    return buffers

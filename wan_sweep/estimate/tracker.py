@@ -1,0 +1,102 @@
+"""Follows the storages of a fake run, so that a model of the allocator hears of each when it comes and when it goes."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wan_sweep.estimate.cards import Card
+from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
+from wan_sweep.estimate.memory import DeviceMemory, Holding
+
+
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
+    """Reports every storage on the device once, however many views it has, and the buffers inside kernels.
+
+    To be entered inside FakeTensorMode. It must not be near a measured run: a dispatch mode changes what composite
+    operations do.
+
+    Args:
+        device: whose storages.
+        memory: hears of them.
+        card: decides what kernels take for themselves.
+    """
+
+    def __init__(self, device: torch.device, memory: DeviceMemory, card: Card) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._memory = memory
+        self._kernels: Mapping[Any, Kernel] = kernels(card)
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._kept: set[tuple[int, Hidden]] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 # an operation of torch carries no type
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kernel = self._kernels.get(func)
+        if kernel is None or args[0].device != self._device:
+            out = func(*args, **(kwargs or {}))
+            self._see_all(out, func)
+            return out
+        before = [self._take(hidden, func) for hidden in kernel.before(args)]
+        out = func(*args, **(kwargs or {})) if kernel.stand_in is None else kernel.stand_in(args)
+        self._see_all(out, func)
+        for hidden in kernel.kept:
+            if (self._memory.stream, hidden) not in self._kept:
+                self._kept.add((self._memory.stream, hidden))
+                self._take(hidden, func)
+        beside = [self._take(hidden, func) for hidden in kernel.beside(args, out)]
+        self._memory.consider(kernel.possible(args, out))
+        for number in [*beside, *before]:
+            self._memory.give(number)
+        return out
+
+    def _see_all(self, out: Any, func: Any) -> None:  # noqa: ANN401
+        for tensor in _tensors(out):
+            if tensor.device == self._device:
+                self._see(tensor, func)
+
+    def _see(self, tensor: torch.Tensor, func: Any) -> None:  # noqa: ANN401
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()  # noqa: SLF001 # where the storage is, the only identity it has
+        if key in self._known or num_bytes == 0:
+            return
+        holding = Holding(
+            num_bytes=num_bytes,
+            operation=str(func),
+            place=self._memory.place,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+        )
+        number = self._memory.take(holding)
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self._memory.give(number)
+
+        self._known[key] = weakref.ref(storage, gone)
+
+    def _take(self, hidden: Hidden, func: Any) -> int:  # noqa: ANN401
+        return self._memory.take(
+            Holding(
+                num_bytes=hidden.num_bytes,
+                operation=f"{func} ({hidden.name})",
+                place=self._memory.place,
+                basis=hidden.basis,
+            )
+        )
+
+
+def _tensors(out: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, (tuple, list)):
+        for part in out:
+            if isinstance(part, torch.Tensor):
+                yield part

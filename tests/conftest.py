@@ -10,6 +10,7 @@ import pytest
 
 # Two test processes on two cores: more threads than that only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts on a CPU, is chatty otherwise
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,6 +22,11 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 job = json.loads((folder / "job.json").read_text())
 what = job["knobs"]["prompt"]
+
+if sys.argv[2] == "attribution":
+    told = {"schema_version": 1, "outcome": "oom", "reason": "as before", "peaks": [], "oom": None}
+    (folder / "attribution.json").write_text(json.dumps(told))
+    sys.exit(3)
 
 def say(event, kind, name, index=None, total=None):
     line = {"time": time.time(), "event": event, "kind": kind, "name": name, "index": index, "total": total}
@@ -59,6 +65,7 @@ from pathlib import Path
 report = types.ModuleType("wan_sweep.report")
 report.write_table = report.write_reports = lambda folder: None
 report.print_summary = lambda folder, console: console.print("summary")
+report.draw_timeline = lambda folder: None
 sys.modules["wan_sweep.report"] = report
 
 from wan_sweep import cli
@@ -71,7 +78,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def environment() -> dict[str, str]:
     """For a child that imports the packages of this checkout."""
-    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "Wan2.1")])
+    theirs = os.environ.get("PYTHONPATH", "")  # where packages need not be installed to be found
+    folders = os.pathsep.join(filter(None, [str(REPOSITORY), str(REPOSITORY / "Wan2.1"), theirs]))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "CUDA", "HYDRA"))}
     return {**kept, "PYTHONPATH": folders}
 

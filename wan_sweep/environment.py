@@ -1,21 +1,24 @@
 """The machine and the software, read without importing torch: GPUs come from NVML, versions from package metadata."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from wan_sweep.nvml import ProcessMemory as ProcessMemory  # noqa: PLC0414 - workers find it here
+from wan_sweep.nvml import cuda_of_driver, handles, problem, session
 from wan_sweep.schema import digest
 
 _PACKAGES = ("torch", "numpy", "safetensors", "hydra-core", "omegaconf", "mlflow", "wan-sweep")
@@ -36,21 +39,29 @@ class Gpu:
     name: str
     total_bytes: int
     used_bytes: int
-    num_processes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan needs to know about the machine."""
+    """What a plan needs to know about the machine.
+
+    Attributes:
+        driver_cuda: The newest CUDA that the driver supports.
+        driver_problem: Why the driver, which is there, cannot be asked.
+        torch_cuda: The CUDA that torch is built for: empty if without, None if that is not known.
+    """
 
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""
+    driver_cuda: str = ""
+    driver_problem: str = ""
     torch_version: str = ""
+    torch_cuda: str | None = None
 
     @property
     def torch_has_cuda(self) -> bool:
-        """Whether the installed torch is built for GPUs; a CPU build says so in its version."""
-        return not self.torch_version.endswith("+cpu")
+        """Whether the installed torch is built for GPUs."""
+        return not self.torch_version.endswith("+cpu") if self.torch_cuda is None else bool(self.torch_cuda)
 
     @property
     def num_gpus(self) -> int:
@@ -65,49 +76,9 @@ class Machine:
             "gpu": ", ".join(dict.fromkeys(gpu.name for gpu in self.gpus)),
             "gpu_count": str(len(self.gpus)),
             "driver": self.driver,
+            "driver_cuda": self.driver_cuda,
             "gpu_memory_bytes": str(max(gpu.total_bytes for gpu in self.gpus)),
         }
-
-
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """The NVML binding, initialised; None where there is no NVIDIA driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _handles(nvml: Any) -> list[Any]:  # noqa: ANN401 - NVML's binding carries no types
-    """Handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, up to the first entry that is none, as CUDA reads it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    handles = []
-    for entry in visible.split(","):
-        name = entry.strip()
-        try:
-            if name.isdigit():
-                handles.append(nvml.nvmlDeviceGetHandleByIndex(int(name)))
-            else:
-                handles.append(nvml.nvmlDeviceGetHandleByUUID(name))
-        except nvml.NVMLError:
-            break
-    return handles
-
-
-def _num_processes(nvml: Any, handle: Any) -> int:  # noqa: ANN401 - NVML's binding carries no types
-    try:
-        return len(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except nvml.NVMLError:
-        return 0  # some virtual and split GPUs do not tell
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:  # noqa: ANN401 - NVML's binding carries no types
@@ -116,29 +87,56 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:  # noqa: ANN401 - NVML's binding carrie
         name=str(nvml.nvmlDeviceGetName(handle)),
         total_bytes=int(memory.total),
         used_bytes=int(memory.used),
-        num_processes=_num_processes(nvml, handle),
     )
 
 
 def read_machine() -> Machine:
     """The machine as it is now."""
-    torch_version = package_version("torch")
-    with _nvml() as nvml:
+    torch_version, torch_cuda = torch_build()
+    with session() as nvml:
         if nvml is None:
-            return Machine(torch_version=torch_version)
+            return Machine(torch_version=torch_version, torch_cuda=torch_cuda, driver_problem=problem())
         return Machine(
-            gpus=tuple(_gpu(nvml, handle) for handle in _handles(nvml)),
+            gpus=tuple(_gpu(nvml, handle) for handle in handles(nvml)),
             driver=str(nvml.nvmlSystemGetDriverVersion()),
+            driver_cuda=cuda_of_driver(nvml),
             torch_version=torch_version,
+            torch_cuda=torch_cuda,
         )
 
 
 def device_used_bytes() -> list[int]:
     """Memory in use on each visible GPU, by all processes and the driver; empty without a GPU."""
-    with _nvml() as nvml:
+    with session() as nvml:
         if nvml is None:
             return []
-        return [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in _handles(nvml)]
+        return [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles(nvml)]
+
+
+def host_available_bytes(root: Path = Path("/")) -> int:
+    """Host memory that a new process could get, within the limit of a container too.
+
+    Args:
+        root: Where the system's files are.
+    """
+    available = int(psutil.virtual_memory().available)
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            available = min(available, int(limit.read_text()) - int(used.read_text()) + _file_cache_bytes(used.parent))
+    return available
+
+
+def _file_cache_bytes(group: Path) -> int:
+    """What a control group holds of files and gives up when memory is short."""
+    for line in (group / "memory.stat").read_text().splitlines():
+        name, _, number = line.partition(" ")
+        if name == "inactive_file":
+            return int(number)
+    return 0
 
 
 def package_version(name: str) -> str:
@@ -147,6 +145,27 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) for 2.13.0+cu130; empty if there are none."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
+
+
+def torch_build() -> tuple[str, str | None]:
+    """Version of the installed torch, and the CUDA that it is built for; torch itself is not imported.
+
+    Returns:
+        The version as torch tells it, such as 2.13.0+cu130, empty if torch is not there; and the version of CUDA, empty
+        if torch is built without, None if that cannot be known. A package's metadata may lack both.
+    """
+    try:
+        source = (package_folder("torch") / "version.py").read_text(encoding="utf-8")
+    except (ModuleNotFoundError, OSError):
+        return package_version("torch"), None
+    values = dict(re.findall(r"""^(__version__|cuda)\b[^=\n]*= *(?:["'](.*)["']|None)""", source, re.MULTILINE))
+    return values.get("__version__") or package_version("torch"), values.get("cuda")
 
 
 def package_folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from wan_sweep.rules import Resolved, resolve
 from wan_sweep.schema import AUTO, Job, Scalar, asked_key, job_key
 from wan_sweep.store import records_with, slug
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Expected = Literal["run", "duplicate", "refused", "done"]
 
@@ -74,6 +74,7 @@ class Plan:
     code_version: str
     environment: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    checks: tuple[Mapping[str, str], ...] = ()
     jobs: tuple[PlannedJob, ...] = ()
 
     @property
@@ -97,6 +98,7 @@ class Plan:
             "code_version": self.code_version,
             "environment": dict(self.environment),
             "notes": list(self.notes),
+            "checks": [dict(check) for check in self.checks],
             "jobs": [job.to_json() for job in self.jobs],
         }
 
@@ -118,6 +120,7 @@ class Plan:
             code_version=values["code_version"],
             environment=values["environment"],
             notes=tuple(values["notes"]),
+            checks=tuple(values["checks"]),
             jobs=tuple(PlannedJob.from_json(job) for job in values["jobs"]),
         )
 
@@ -240,10 +243,6 @@ def _notes(candidates: Sequence[Candidate], machine: Machine) -> tuple[str, ...]
     chosen = [resolve(candidate.job, machine).job for candidate in candidates if candidate.job.model == AUTO]
     kinds = {(job.model, job.device): job for job in chosen}
     notes = [f"model=auto is {job.model}: {_why(job, machine)}." for job in kinds.values()]
-    busy = sum(gpu.num_processes for gpu in machine.gpus)
-    if busy:
-        noun = "process uses" if busy == 1 else "processes use"
-        notes.append(f"{busy} other {noun} the GPU; device_used and times will contain them.")
     return tuple(notes)
 
 

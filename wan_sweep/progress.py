@@ -79,6 +79,9 @@ class Display(Protocol):
     def start_job(self, number: int, name: str) -> None:
         """A job begins."""
 
+    def start_pass(self, name: str) -> None:
+        """The job, which has been measured, runs once more for this."""
+
     def event(self, event: Event) -> None:
         """The running job tells something."""
 
@@ -119,6 +122,7 @@ class LiveDisplay:
         self._all: TaskID = self._bars.add_task("sweep", total=num_runs or None, note="")
         self._steps: TaskID | None = None
         self._phase = ""
+        self._pass = ""
         self._live = Live(self._bars, console=console, refresh_per_second=_REFRESHES_PER_SECOND, transient=True)
         self._live.start()
 
@@ -126,22 +130,29 @@ class LiveDisplay:
         self._estimate.start_job()
         self._bars.update(self._all, description=_title(number, self._num_jobs), note=str(self._estimate))
         self._steps = self._bars.add_task(name, total=None, note="starting")
+        self._pass = ""
+
+    def start_pass(self, name: str) -> None:
+        self._pass = f"{name}: "
+        if self._steps is not None:
+            self._bars.update(self._steps, completed=0, total=None, note=f"{self._pass}starting")
 
     def event(self, event: Event) -> None:
-        self._estimate.event(event)
+        if not self._pass:
+            self._estimate.event(event)
         if self._steps is None or event.kind == "block":
             return
         if event.kind == "step" and event.index is not None:
             done = event.index + (event.event == "end")
             total = "" if event.total is None else f" of {event.total}"
-            note = f"{self._phase}, step {event.index + 1}{total}"
+            note = f"{self._pass}{self._phase}, step {event.index + 1}{total}"
             self._bars.update(self._steps, completed=done, total=event.total, note=note)
             self._bars.update(self._all, note=str(self._estimate))
         elif event.event == "begin":
             if event.kind == "phase":
                 self._phase = event.name
             note = self._phase if event.kind == "phase" else f"{self._phase}, {event.name}"
-            self._bars.update(self._steps, note=note)
+            self._bars.update(self._steps, note=f"{self._pass}{note}")
 
     def end_job(self, number: int, name: str, outcome: str, reason: str, seconds: float) -> None:
         self._estimate.end_job()
@@ -167,6 +178,7 @@ class PlainDisplay:
         self._estimate = Estimate(num_runs, clock)
         self._last = 0.0
         self._phase = ""
+        self._pass = ""
 
     def _print(self, text: str | Text) -> None:
         self._last = self._clock()
@@ -176,9 +188,14 @@ class PlainDisplay:
         self._estimate.start_job()
         left = str(self._estimate)
         self._print(f"{_title(number, self._num_jobs)}: {name}" + (f" ({left})" if left else ""))
+        self._pass = ""
+
+    def start_pass(self, name: str) -> None:
+        self._pass = f"{name}: "
 
     def event(self, event: Event) -> None:
-        self._estimate.event(event)
+        if not self._pass:
+            self._estimate.event(event)
         if event.event != "begin" or event.kind == "block":
             return
         if event.kind == "phase":
@@ -190,7 +207,7 @@ class PlainDisplay:
             words.append(f"step {event.index + 1}" + ("" if event.total is None else f" of {event.total}"))
         elif event.kind == "component":
             words.append(event.name)
-        self._print("  " + ", ".join(filter(None, [*words, str(self._estimate)])))
+        self._print(f"  {self._pass}" + ", ".join(filter(None, [*words, str(self._estimate)])))
 
     def end_job(self, number: int, name: str, outcome: str, reason: str, seconds: float) -> None:
         self._estimate.end_job()

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from wan_sweep.errors import RecordError
 from wan_sweep.schema import Scalar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "record.json"
 
 Outcome = Literal["ok", "oom", "failed", "timeout", "refused", "skipped"]
@@ -32,6 +32,9 @@ class Record:
         metrics: Single numbers; bytes and seconds.
         series: Numbers by step.
         measured_in: Folder of the job from which the numbers were taken over, if they were.
+        fidelity: Which job its output was compared with: `reference`, `reference_folder`, and `reason` if it was not.
+        passes: Extra runs of the job by name: `outcome`, `reason`, `seconds`, and what they left.
+        checks: The environment checks before the sweep, as `checks.Check.to_dict` gives them.
     """
 
     key: str
@@ -59,6 +62,9 @@ class Record:
     warnings: list[Mapping[str, str]] = field(default_factory=list)
     idle_knobs: Mapping[str, str] = field(default_factory=dict)
     measured_in: str | None = None
+    fidelity: Mapping[str, str] | None = None
+    passes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    checks: list[Mapping[str, str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the file."""
@@ -117,6 +123,9 @@ _PLAIN = (
     "warnings",
     "idle_knobs",
     "measured_in",
+    "fidelity",
+    "passes",
+    "checks",
 )
 
 

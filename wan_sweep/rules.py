@@ -84,6 +84,11 @@ def _check_parallel(job: Job, spec: ModelSpec, machine: Machine) -> None:
 
 
 def _check_device(job: Job, machine: Machine) -> None:
+    if job.snapshot and job.device == "cpu":
+        raise UsageError(
+            "snapshot=true needs a GPU, since only CUDA's allocator writes one; profile_memory=true names what fills "
+            "the memory on a CPU too"
+        )
     if job.device != "cuda" or machine.num_gpus:
         return
     if machine.gpus:

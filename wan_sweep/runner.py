@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
+from wan_sweep.compare import References
 from wan_sweep.errors import SweepError
-from wan_sweep.launch import WORKER, Interrupted, Limits, Result, launch
+from wan_sweep.launch import WORKER, Interrupted, Result
 from wan_sweep.launch.events import Event
+from wan_sweep.passes import Passes, extra_passes
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.progress import Display
 from wan_sweep.record import FAILURES, RECORD_FILE, Record, load_record, load_records
-from wan_sweep.store import CONFIG_FILE, JOB_FILE, write_config, write_json, write_record
+from wan_sweep.store import write_record
 from wan_sweep.units import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class Sweep:
         self._records: dict[int, Record] = {}
         self._logged: set[int] = set()
         self._problems: list[str] = []
+        self._references = References()
+        self._passes = Passes(plan, self._on_event)
 
     def settle(self) -> None:
         """Writes the records of the jobs that need not run."""
@@ -84,18 +88,27 @@ class Sweep:
             self._display.start_job(entry.number, entry.title)
         started_at, started = _now(), time.monotonic()
         interrupt: BaseException | None = None
+        passes: dict[str, dict[str, Any]] = {}
+        result = None
         try:
-            result = self._launch(entry, command)
+            result = self._passes.measure(entry, command)
+            for one in extra_passes(entry.job, result):
+                if self._display:
+                    self._display.start_pass(one.name)
+                passes[one.name] = self._passes.run_again(entry, one, result, command)
         except Interrupted as error:
             where = f" in {error.where}" if error.where else ""
-            result = Result(
+            interrupted = Result(
                 outcome="failed",
                 reason=f"interrupted{where}; the same command runs it again",
                 failure={"kind": "interrupted", "where": error.where},
             )
+            result = result or interrupted  # numbers that are there are not lost to an extra pass that was cut short
             interrupt = error.__cause__
         seconds = time.monotonic() - started
-        record = self._record(entry, result, started_at, seconds)
+        record = replace(self._record(entry, result, started_at, seconds), passes=passes)
+        if record.outcome == "ok" and not interrupt:
+            record = self._references.compare(record, self.plan.folder / entry.name)
         self._keep(record)
         if self._display:
             self._display.end_job(entry.number, entry.title, record.outcome, record.reason, seconds)
@@ -129,38 +142,9 @@ class Sweep:
     def _say(self, words: str) -> None:
         self._console.print(Text(words), soft_wrap=True)
 
-    def _launch(self, entry: PlannedJob, command: Sequence[str]) -> Result:
-        folder = self.plan.folder / entry.name
-        job = entry.job
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / JOB_FILE, self._assignment(entry))
-            write_config(folder / CONFIG_FILE, job.to_dict())
-            return launch(
-                folder,
-                limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
-                on_event=self._on_event,
-                command=command,
-                uses_gpu=job.device == "cuda",
-            )
-        except OSError as error:
-            reason = f"the job could not be started: {error}; see that {folder} can be written and has space"
-            return Result(outcome="failed", reason=reason, failure={"kind": "folder", "where": str(folder)})
-
     def _on_event(self, event: Event) -> None:
         if self._display:
             self._display.event(event)
-
-    def _assignment(self, entry: PlannedJob) -> dict[str, object]:
-        return {
-            "schema_version": 1,
-            "key": entry.key,
-            "number": entry.number,
-            "name": entry.name,
-            "repeat": entry.repeat,
-            "sweep": {"name": self.plan.name, "id": self.plan.id, "folder": str(self.plan.folder)},
-            "knobs": entry.job.to_dict(),
-        }
 
     def _record(self, entry: PlannedJob, result: Result, started_at: str, seconds: float) -> Record:
         told = result.measurement
@@ -190,6 +174,7 @@ class Sweep:
             ranks=told.get("ranks", []),
             warnings=warnings,
             idle_knobs=told.get("idle_knobs", {}),
+            checks=list(self.plan.checks),
         )
 
     def _settle(self, entry: PlannedJob) -> Record:
@@ -203,7 +188,7 @@ class Sweep:
     def _taken_over(self, entry: PlannedJob, source: Path) -> Record:
         blank = self._record(entry, Result(outcome="skipped", reason=entry.reason), _now(), 0.0)
         older = load_record(source)
-        return replace(
+        record = replace(
             blank,
             wall_seconds=older.wall_seconds,
             environment=older.environment,
@@ -214,7 +199,10 @@ class Sweep:
             warnings=older.warnings,
             idle_knobs=older.idle_knobs,
             measured_in=str(source),
+            fidelity=older.fidelity,
+            passes=older.passes,
         )
+        return self._references.compare(record, Path(older.measured_in or source)) if entry.job.fidelity else record
 
     def _keep(self, record: Record) -> None:
         self._records[record.number] = record
@@ -227,6 +215,7 @@ class Sweep:
             )
 
     def _publish(self, record: Record) -> None:
+        self._attempt("the job's timeline could not be drawn", lambda: self._draw(record))
         self._log(record)
         self._attempt("results.csv could not be written", self._write_table)
 
@@ -257,6 +246,11 @@ class Sweep:
             return
         self._records = {**{record.number: record for record in found}, **self._records}
 
+    def _draw(self, record: Record) -> None:
+        from wan_sweep.report import draw_timeline
+
+        draw_timeline(self.plan.folder / record.name)
+
     def _write_table(self) -> None:
         from wan_sweep.report import write_table
 
@@ -273,7 +267,7 @@ class Sweep:
         if self._records:
             self._attempt("The report could not be made", write)
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # whatever it is, the records are on disk and the sweep goes on

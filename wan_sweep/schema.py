@@ -18,6 +18,7 @@ Scalar = str | int | float | bool | None
 
 Mode = Literal["auto", "measure"]
 Device = Literal["auto", "cuda", "cpu"]
+ForeignProcesses = Literal["warn", "refuse", "wait"]
 
 AUTO = "auto"
 
@@ -67,7 +68,7 @@ class Job:
     load_strategy: Annotated[
         LoadStrategy,
         Rule(
-            meaning="full moves whole components to the device; block brings transformer blocks in ahead of their use."
+            meaning="full moves whole components to the device; block, or part of one, brings in weights ahead of use."
         ),
     ] = "full"
     offload: Annotated[bool, Rule(meaning="Each component leaves the device when its phase ends.")] = False
@@ -75,6 +76,23 @@ class Job:
     attention_slicing: Annotated[
         bool | int, Rule(meaning="Attention in slices: false, true (a fitting number), or the number.", at_least=1)
     ] = False
+    resident_gib: Annotated[
+        float, Rule(meaning="Of each streamed component's weights so many GiB stay on the device.", at_least=0)
+    ] = 0.0
+    rows_at_once: Annotated[
+        int, Rule(meaning="Tokens that pass the DiT's norms and linear layers at once, at most.", at_least=1)
+    ] = 4096
+    residual_on_host: Annotated[
+        float, Rule(meaning="Share of the DiT's residual that waits on the host, from 0 to 1.", at_least=0)
+    ] = 0.0
+    vae_budget_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="GiB that decoding may take besides the VAE's weights: it works in exact tiles; null decodes whole "
+            "frames.",
+            above=0,
+        ),
+    ] = None
     gradient_checkpointing: Annotated[
         bool, Rule(meaning="Recompute blocks; matters only when gradients are kept, and the report says so.")
     ] = False
@@ -106,6 +124,25 @@ class Job:
     block_events: Annotated[
         bool, Rule(meaning="Listen at every transformer block; costs some time, which step times may contain.")
     ] = False
+    profile_memory: Annotated[
+        bool, Rule(meaning="Name who fills the device at each phase's peak, in an extra run of a few steps.")
+    ] = False
+    snapshot: Annotated[
+        bool,
+        Rule(meaning="Memory snapshot for PyTorch's memory_viz, which profile_memory leaves too; needs a GPU."),
+    ] = False
+    trace: Annotated[bool, Rule(meaning="Trace a few steps with torch's profiler, in an extra run.")] = False
+    trace_path: Annotated[
+        str | None, Rule(meaning="Folder for the traces; null is the job's own folder.", in_key=False)
+    ] = None
+    record_stacks: Annotated[
+        bool, Rule(meaning="Python stacks in trace and snapshot; they get larger, and the extra runs slower.")
+    ] = False
+    log_interval: Annotated[int, Rule(meaning="A line in log.txt after so many steps.", at_least=1, in_key=False)] = 1
+    fidelity: Annotated[
+        bool,
+        Rule(meaning="Compare latents and video of each job with those of the sweep's reference.", in_key=False),
+    ] = True
     repeats: Annotated[
         int,
         Rule(meaning="Run each job so many times, round by round.", at_least=1, in_key=False, per_sweep=True),
@@ -141,6 +178,14 @@ class Job:
             per_sweep=True,
         ),
     ] = True
+    foreign_processes: Annotated[
+        ForeignProcesses,
+        Rule(
+            meaning="What to do when other programs use the GPU: warn, refuse to start, or wait until they are gone.",
+            in_key=False,
+            per_sweep=True,
+        ),
+    ] = "warn"
     save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
     plan: Annotated[bool, Rule(meaning="List the jobs and stop.", in_key=False, per_sweep=True)] = False
 

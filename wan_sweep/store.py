@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,39 @@ from wan_sweep.schema import Scalar, text
 PLAN_FILE = "plan.json"
 JOB_FILE = "job.json"
 CONFIG_FILE = "config.yaml"
-EVENTS_FILE = "events.jsonl"
-LOG_FILE = "log.txt"
-MEASUREMENT_FILE = "measurement.json"
+MEMORY_EVENTS_FILE = "memory_events.json"
+LATENTS_FILE = "latents.npy"
+FRAMES_FILE = "frames.npy"
+FIDELITY_FILE = "fidelity.json"
+TIMELINE_FILE = "memory_timeline.png"
+SNAPSHOT_FILE = "snapshot.pickle"
 
 _LONGEST_SLUG = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A run of a job's pipeline in processes of its own, and the files that it leaves in the job's folder.
+
+    Attributes:
+        name: What the worker is asked for.
+        result: Its outcome, and what it found.
+        events: A line per boundary, as it happens.
+        log: All that it printed.
+    """
+
+    name: str
+    result: str
+    events: str
+    log: str
+
+
+MEASURE = Pass(name="measure", result="measurement.json", events="events.jsonl", log="log.txt")
+ATTRIBUTION = Pass(
+    name="attribution", result="attribution.json", events="events_attribution.jsonl", log="log_attribution.txt"
+)
+TRACE = Pass(name="trace", result="trace_summary.json", events="events_trace.jsonl", log="log_trace.txt")
+PASSES: Mapping[str, Pass] = {one.name: one for one in (MEASURE, ATTRIBUTION, TRACE)}
 
 
 def write_atomically(path: Path, content: str) -> None:

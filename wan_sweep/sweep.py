@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +17,9 @@ from rich.text import Text
 
 from wan21.errors import WanError
 from wan_sweep import convert
+from wan_sweep.checks import run_checks
 from wan_sweep.convert import Candidate
-from wan_sweep.environment import code_version, describe, read_machine
+from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
 from wan_sweep.launch import WORKER
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
@@ -109,6 +111,7 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         print_plan(plan, console)
     if is_hopeless:
         raise UsageError(_all_refused(plan))
+    plan = replace(plan, checks=_checked(plan, candidates, sample, machine, console))
     create_sweep_folder(folder)
     try:
         write_json(folder / PLAN_FILE, plan.to_json())
@@ -122,6 +125,31 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
     sweep = Sweep(plan, console, display=display, tracker=tracker)
     _OPEN[folder] = sweep
     sweep.settle()
+
+
+def _checked(
+    plan: Plan, candidates: Sequence[Candidate], sample: Job, machine: Machine, console: Console
+) -> tuple[Mapping[str, str], ...]:
+    """The environment checks, for the records; what is not in order is shown.
+
+    Raises:
+        UsageError: one of them refuses. Planning alone is never refused, and never waits.
+    """
+    checks = run_checks(
+        machine,
+        "warn" if sample.plan else sample.foreign_processes,
+        devices={candidate.job.device for candidate in candidates} or {sample.device},
+        output_root=Path(sample.output_root).absolute(),
+        say=lambda words: console.print(Text(words), soft_wrap=True),
+        num_jobs=plan.count("run"),
+    )
+    for check in checks:
+        if check.state == "warning":
+            console.print(Text(f"{check.name}: {check.text}; {check.advice}"), soft_wrap=True)
+    refused = [f"{check.name}: {check.text}; {check.advice}" for check in checks if check.state == "refused"]
+    if refused and not sample.plan:
+        raise UsageError("; ".join(refused))
+    return tuple(check.to_dict() for check in checks)
 
 
 def _all_refused(plan: Plan) -> str:

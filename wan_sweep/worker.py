@@ -1,8 +1,9 @@
-"""The child process that does a job: `python -m wan_sweep.worker JOB_FOLDER`.
+"""The child process that runs one pass of a job: `python -m wan_sweep.worker JOB_FOLDER [measure|attribution|trace]`.
 
-It reads job.json, runs the pipeline with the measurer listening, and leaves events.jsonl (as things happen) and
-measurement.json (at the end, also when the end is bad). It knows neither Hydra nor MLflow. Exit codes: 0 ok, 3 out of
-memory, 1 anything else.
+It reads job.json, runs the pipeline with the pass's listener, and leaves the files of the pass (`store.PASSES`): events
+as they happen, and a result at the end, also when the end is bad. Only the pass "measure" gives numbers; the others run
+the same pipeline again so that what they record costs the numbers nothing. It knows neither Hydra nor MLflow.
+Exit codes: 0 ok, 3 out of memory, 1 anything else.
 """
 
 import ctypes
@@ -10,31 +11,81 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from wan_sweep.environment import device_used_bytes
+from wan_sweep.errors import RecordError
 from wan_sweep.measure.failure import explain
+from wan_sweep.nvml import ProcessMemory
 from wan_sweep.schema import Job
-from wan_sweep.units import GIB
+from wan_sweep.store import ATTRIBUTION, JOB_FILE, MEASURE, PASSES, SNAPSHOT_FILE, TRACE, Pass, read_json, write_json
+from wan_sweep.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from wan21.assets import Assets
+    from wan21.config import ModelSpec, Options, Request
+    from wan21.events import Observer, Span
+    from wan21.pipeline import Generation
     from wan21.runtime import Runtime
+    from wan_sweep.measure.recorder import Recorder
 
 EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
 PR_SET_PDEATHSIG = 1
+MOST_STEPS_TO_PEAK = 3
+"""A solver's history is full by then, so later steps repeat the third."""
 
 
 class EventFile:
-    """events.jsonl: one line per event, on disk when `write` returns."""
+    """A line per event, on disk when `write` returns if the event is urgent.
 
-    def __init__(self, file: TextIO) -> None:
+    Args:
+        file: where they go.
+        log_interval: after each so many steps the log gets a line for people; 0 for none.
+    """
+
+    def __init__(self, file: TextIO, log_interval: int = 0) -> None:
         self._file = file
+        self._log_interval = log_interval
 
-    def write(self, event: dict[str, Any]) -> None:
+    def write(self, event: dict[str, Any], *, is_urgent: bool) -> None:
         """Appends a line."""
         self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        if is_urgent:
+            self._file.flush()
+        is_step = event["kind"] == "step" and event["event"] == "end"
+        if is_step and self._log_interval and (event["index"] + 1) % self._log_interval == 0:
+            peak = format_bytes(event["span"]["allocated_peak_bytes"])
+            reserved = format_bytes(event["span"]["reserved_peak_bytes"])
+            seconds = format_seconds(event["seconds"])
+            print(f"step {event['index'] + 1} of {event['total']}: {seconds}, peak {peak}, reserved {reserved}")  # noqa: T201
+
+
+class Beat:
+    """An observer that tells the parent where the run is, and reads nothing."""
+
+    wants_blocks = False
+
+    def __init__(self, sink: EventFile) -> None:
+        self._sink = sink
+
+    @contextmanager
+    def span(self, span: "Span") -> Iterator[None]:
+        """Writes a line at both ends."""
+        self._tell("begin", span)
+        try:
+            yield
+        finally:
+            self._tell("end", span)
+
+    def _tell(self, event: str, span: "Span") -> None:
+        values = {"kind": span.kind, "name": span.name, "index": span.index, "total": span.total}
+        self._sink.write({"event": event, "time": time.time(), **values}, is_urgent=True)
 
 
 def die_with_parent() -> None:
@@ -58,11 +109,57 @@ def limit_this_process(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A job ready to run: what to make, and where."""
+
+    job: Job
+    folder: Path
+    keeps_outputs: bool
+    spec: "ModelSpec"
+    request: "Request"
+    options: "Options"
+    runtime: "Runtime"
+
+    @classmethod
+    def set_up(cls, folder: Path, assignment: dict[str, Any]) -> "Stage":
+        """From what stands in the job.json of a folder."""
+        from wan21.runtime import make_runtime
+        from wan_sweep.build import build_options, build_request, build_spec
+
+        job = Job.from_dict(assignment["knobs"])
+        is_on_cpu, limit = job.device == "cpu", memory_limit_bytes(job)
+        spec, request, options = build_spec(job), build_request(job), build_options(job)
+        runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else limit)
+        if is_on_cpu and limit is not None:
+            limit_this_process(limit)
+        return cls(
+            job=job,
+            folder=folder,
+            keeps_outputs=bool(assignment.get("keeps_outputs")),
+            spec=spec,
+            request=request,
+            options=options,
+            runtime=runtime,
+        )
+
+    def open_assets(self) -> "Assets":
+        """Weights and tokenizer."""
+        from wan21.assets import open_assets
+
+        return open_assets(self.spec, self.options, self.runtime)
+
+    def generate(self, assets: "Assets", observer: "Observer", *, num_steps: int | None = None) -> "Generation":
+        """Runs the pipeline, for fewer steps than the job asks for if so told."""
+        from wan21.pipeline import TextToVideo
+
+        request = self.request if num_steps is None else replace(self.request, num_steps=num_steps)
+        return TextToVideo(self.spec, self.options, assets, self.runtime, observer).generate(request)
+
+    def explain(self, error: Exception, failed_at: dict[str, Any] | None) -> dict[str, Any]:
+        """What an error means for the outcome; the traceback goes to the log."""
+        traceback.print_exc()
+        return explain(error, failed_at, memory_limit_bytes(self.job))
 
 
 def environment(runtime: "Runtime") -> dict[str, str]:
@@ -73,67 +170,172 @@ def environment(runtime: "Runtime") -> dict[str, str]:
     return {"torch": torch.__version__, "allocator": allocator, **runtime.facts()}
 
 
-def run(job: Job, folder: Path, events: TextIO) -> dict[str, Any]:
-    """Runs a job; what it returns goes to measurement.json."""
-    memory_limit = memory_limit_bytes(job)
-    from wan21.assets import open_assets
-    from wan21.config import idle_knobs
-    from wan21.events import Span
-    from wan21.frames import save_image, save_video
-    from wan21.pipeline import TextToVideo
-    from wan21.runtime import make_runtime
-    from wan_sweep.build import build_options, build_request, build_spec
+def process_used(runtime: "Runtime", used_before: list[int]) -> tuple[Callable[[], int | None], str]:
+    """How to read this process's bytes on the device, and that way in words.
+
+    Args:
+        runtime: of the device.
+        used_before: what was in use on it before this process had a context.
+    """
+    if runtime.device.type != "cuda":
+        return lambda: None, ""
+    told = ProcessMemory()
+    if told.read() is not None:
+        return told.read, "as the driver tells"
+    index = runtime.device.index or 0
+    return (
+        lambda: device_used_bytes()[index] - used_before[index],
+        "all that is used minus what was used before the job",
+    )
+
+
+def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    """The pass that gives the numbers: nothing but counters is read while it runs."""
     from wan_sweep.measure.recorder import Recorder
 
-    spec, request, options = build_spec(job), build_request(job), build_options(job)
-    is_on_cpu = job.device == "cpu"
-    runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else memory_limit)
-    if is_on_cpu and memory_limit is not None:
-        limit_this_process(memory_limit)
-    assets = open_assets(spec, options, runtime)
+    used_before = device_used_bytes()
+    stage = Stage.set_up(folder, assignment)
+    job, runtime = stage.job, stage.runtime
+    assets = stage.open_assets()
+    from wan21.config import idle_knobs
+
     result: dict[str, Any] = {
         "outcome": "ok",
         "reason": "",
         "failure": None,
         "weights": assets.description,
-        "environment": environment(runtime),
-        "idle_knobs": idle_knobs(options, job.device),
+        "idle_knobs": idle_knobs(stage.options, job.device),
         "ranks": [],
     }
     with runtime.counting():
-        recorder = Recorder(runtime, EventFile(events), wants_blocks=job.block_events)
+        started = time.perf_counter()
+        runtime.warm_up()
+        warm_up_seconds = time.perf_counter() - started
+        read_process, how = process_used(runtime, used_before)
+        sink = EventFile(events, job.log_interval)
+        recorder = Recorder(runtime, sink, wants_blocks=job.block_events, process_used=read_process)
+        generation = None
         try:
-            pipeline = TextToVideo(spec, options, assets, runtime, recorder)
-            generation = pipeline.generate(request)
-            with recorder.span(Span(kind="phase", name="save")):
-                for index, video in enumerate(generation.videos if job.save_video else []):
-                    suffix = f"_{index}" if len(generation.videos) > 1 else ""
-                    if spec.is_image:
-                        save_image(video[0], folder / f"image{suffix}.png")
-                    else:
-                        save_video(video, folder / f"video{suffix}.mp4")
+            generation = stage.generate(assets, recorder)
+            save(stage, generation, recorder)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome
-            traceback.print_exc()
-            result |= explain(error, recorder.failed_at, memory_limit)
-        metrics, series = recorder.metrics(), recorder.series()
-    result |= {"metrics": metrics, "series": series, "warnings": recorder.warnings}
+            result |= stage.explain(error, recorder.failed_at)
+        metrics, series = recorder.metrics() | {"time/warm_up_s": warm_up_seconds}, recorder.series()
+    if generation is not None and stage.keeps_outputs:
+        keep_outputs(folder, generation)
+    facts = environment(runtime) | ({"process_used": how} if how else {})
+    result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": recorder.warnings}
     result["ranks"] = [{"rank": 0, "metrics": metrics, "series": series}]
     return result
 
 
-def main(arguments: list[str]) -> int:
-    """Does the job whose folder is the one argument."""
-    die_with_parent()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts on a CPU, is chatty otherwise
-    folder = Path(arguments[0])
-    job = Job.from_dict(json.loads((folder / "job.json").read_text())["knobs"])
-    with (folder / "events.jsonl").open("a") as events:
+def save(stage: Stage, generation: "Generation", recorder: "Recorder") -> None:
+    """The phase of that name: video or image files, if they are asked for."""
+    from wan21.events import Span
+    from wan21.frames import save_image, save_video
+
+    with recorder.span(Span(kind="phase", name="save")):
+        for index, video in enumerate(generation.videos if stage.job.save_video else []):
+            suffix = f"_{index}" if len(generation.videos) > 1 else ""
+            if stage.spec.is_image:
+                save_image(video[0], stage.folder / f"image{suffix}.png")
+            else:
+                save_video(video, stage.folder / f"video{suffix}.mp4")
+
+
+def keep_outputs(folder: Path, generation: "Generation") -> None:
+    """Leaves latents and frames as they are, for the comparison with the reference."""
+    from wan_sweep.measure.fidelity import write_outputs
+
+    write_outputs(folder, generation.latents.numpy(), [video.numpy() for video in generation.videos])
+
+
+def attribute(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    """Who fills the device at the peak, or when memory runs out: the run again, as far as the step with the peak."""
+    from wan21.events import together
+    from wan_sweep.measure.attribution import Attributor
+    from wan_sweep.measure.snapshot import history, write_snapshot
+
+    stage = Stage.set_up(folder, assignment)
+    job, num_steps = stage.job, steps_to_peak(folder, stage.request.num_steps)
+    has_history = stage.runtime.device.type == "cuda"
+    outcome: dict[str, Any] = {"outcome": "ok", "reason": ""}
+    assets = stage.open_assets()
+    attributor = Attributor(stage.runtime)
+    with ExitStack() as stack:
+        if has_history:
+            stack.enter_context(history(stacks=job.record_stacks))
+        stack.enter_context(attributor.recording())
+        stage.runtime.warm_up()
         try:
-            result = run(job, folder, events)
+            stage.generate(assets, together(Beat(EventFile(events)), attributor), num_steps=num_steps)
+        except Exception as error:  # noqa: BLE001  # an OOM is what this pass may be here for
+            outcome = stage.explain(error, None)
+        if has_history:
+            write_snapshot(folder / SNAPSHOT_FILE)
+    return attributor.result(outcome=outcome["outcome"], reason=outcome["reason"], num_steps=num_steps)
+
+
+def steps_to_peak(folder: Path, num_steps: int) -> int:
+    """How many steps to run until the peak of denoising, or the failure, that the measuring pass found."""
+    try:
+        measured = read_json(folder / MEASURE.result)
+    except RecordError:
+        return min(MOST_STEPS_TO_PEAK, num_steps)
+    peaks = measured.get("series", {}).get("step/allocated_bytes", [])
+    failed_step = (measured.get("failure") or {}).get("step")
+    index = failed_step if failed_step is not None else peaks.index(max(peaks)) if peaks else 0
+    return min(MOST_STEPS_TO_PEAK, index % num_steps + 1)
+
+
+def trace(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    """A trace of torch's profiler over a few steps, of a run of its own."""
+    from wan21.events import together
+    from wan_sweep.measure.tracer import Tracer
+
+    stage = Stage.set_up(folder, assignment)
+    job = stage.job
+    outcome: dict[str, Any] = {"outcome": "ok", "reason": ""}
+    where = folder
+    if job.trace_path is not None:
+        where = Path(job.trace_path) / folder.parent.name / folder.name
+        where.mkdir(parents=True, exist_ok=True)
+    assets = stage.open_assets()
+    stage.runtime.warm_up()
+    tracer = Tracer(stage.runtime, where, with_stack=job.record_stacks)
+    try:
+        with tracer.recording():
+            stage.generate(assets, together(Beat(EventFile(events)), tracer), num_steps=tracer.num_steps)
+    except Exception as error:  # noqa: BLE001  # what was recorded until then is kept
+        outcome = stage.explain(error, None)
+    return {"outcome": outcome["outcome"], "reason": outcome["reason"], "folder": str(where), **tracer.result()}
+
+
+RUN: dict[str, Callable[[Path, dict[str, Any], TextIO], dict[str, Any]]] = {
+    MEASURE.name: measure,
+    ATTRIBUTION.name: attribute,
+    TRACE.name: trace,
+}
+
+
+def run(one: Pass, folder: Path) -> dict[str, Any]:
+    """Runs a pass; what it returns is its result."""
+    assignment = read_json(folder / JOB_FILE)
+    with (folder / one.events).open("a") as events:
+        try:
+            return RUN[one.name](folder, assignment, events)
         except Exception as error:  # noqa: BLE001  # before the pipeline began
             traceback.print_exc()
-            result = explain(error, None, memory_limit_bytes(job))
-    write_json(folder / "measurement.json", result)
+            return explain(error, None, memory_limit_bytes(Job.from_dict(assignment["knobs"])))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a pass of the job whose folder is the first argument; "measure" unless the second names another."""
+    die_with_parent()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts on a CPU, is chatty otherwise
+    folder, one = Path(arguments[0]), PASSES[arguments[1] if len(arguments) > 1 else MEASURE.name]
+    result = run(one, folder)
+    write_json(folder / one.result, result)
     return EXIT_CODES[result["outcome"]]
 
 

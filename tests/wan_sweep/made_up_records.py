@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan_sweep.record import SCHEMA_VERSION
 from wan_sweep.store import slug
 
 MIB = 2**20
@@ -98,7 +99,7 @@ def record(
     name = f"{number}_{slug(overrides, otherwise='t2v-1.3B')}"
     repeat = changes.pop("repeat", 0)
     made: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "job": {"key": f"{number:02d}ab34cd56ef", "number": number, "name": name, "repeat": repeat},
         "sweep": {"name": "main", "id": SWEEP_ID, "folder": "outputs/main/2026-11-23_21-04-05"},
         "knobs": {**KNOBS, **overrides},
@@ -125,6 +126,9 @@ def record(
         "warnings": [],
         "idle_knobs": {},
         "measured_in": None,
+        "fidelity": None,
+        "passes": {},
+        "checks": [],
     }
     made.update(changes)
     return made

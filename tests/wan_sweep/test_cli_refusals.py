@@ -16,7 +16,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
     ("arguments", "message"),
     [
         ("precison=fp16", "there is no knob precison; did you mean precision?\nKnobs: model, ckpt_dir"),
-        ("quality=9", "there is no knob quality."),
+        ("zebra=9", "there is no knob zebra."),
         ("offload.x=1", "there is no knob offload.x; did you mean offload?"),
         ("repeat=1", "there is no knob repeat; did you mean repeats?"),
         ("+precison=1", "there is no knob precison; did you mean precision?"),
@@ -80,7 +80,7 @@ def test_the_configuration_is_found_beside_the_package(repository: Path) -> None
         ("ckpt_dir=/no/such/folder", "ckpt_dir=/no/such/folder does not exist; give the official checkpoint folder"),
         ("-m precision=glob(*)", "precision=glob(*) gives no value at all"),
         ("-m plan=true,false", "plan holds for a whole sweep and cannot be swept"),
-        ("output_root=/proc/none", "cannot be made"),
+        ("output_root=/proc/none", "0 B free for /proc/none"),
     ],
 )
 def test_a_mistake_ends_with_code_2_on_one_screen(

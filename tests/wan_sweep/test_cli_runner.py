@@ -25,7 +25,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*arguments: object) -> None:
         """Reports nothing."""
 
-    vars(module).update(write_table=nothing, write_reports=nothing, print_summary=nothing)
+    vars(module).update(write_table=nothing, write_reports=nothing, print_summary=nothing, draw_timeline=nothing)
     monkeypatch.setitem(sys.modules, "wan_sweep.report", module)
 
 

@@ -61,7 +61,7 @@ def test_a_job_folder_holds_what_the_job_was(fake_sweep: Command, tmp_path: Path
     }
     job = json.loads((folder / "job.json").read_text())
     record = json.loads((folder / "record.json").read_text())
-    assert (job["key"], job["number"], job["knobs"]) == (record["job"]["key"], 1, record["knobs"])
+    assert (job["job"], job["job"]["number"], job["knobs"]) == (record["job"], 1, record["knobs"])
     assert 'precision: "bf16"\n' in (folder / "config.yaml").read_text()
     assert (folder / "log.txt").read_text() == "working on ok\n"
 

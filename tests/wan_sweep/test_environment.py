@@ -9,9 +9,20 @@ import pynvml
 import pytest
 
 from wan_sweep import environment
-from wan_sweep.environment import Gpu, Machine, code_version, describe, device_used_bytes, fingerprint, read_machine
+from wan_sweep.environment import (
+    Gpu,
+    Machine,
+    code_version,
+    describe,
+    device_used_bytes,
+    fingerprint,
+    host_available_bytes,
+    read_machine,
+    torch_build,
+    version_numbers,
+)
 
-H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=2**30, num_processes=0)
+H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=2**30)
 
 
 class MadeUpNvml:
@@ -72,7 +83,6 @@ def test_gpus_are_those_that_cuda_would_see(
 def test_used_memory_is_told_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_used_bytes() == [10, 11]
-    assert [gpu.num_processes for gpu in read_machine().gpus] == [0, 1]
 
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +91,68 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert read_machine().gpus == ()
+    assert read_machine().driver_problem == ""
     assert device_used_bytes() == []
 
 
 def test_a_cpu_build_of_torch_uses_no_gpu() -> None:
     assert Machine(gpus=(H100,), torch_version="2.13.0+cpu").num_gpus == 0
     assert Machine(gpus=(H100,), torch_version="2.13.0+cu130").num_gpus == 1
+
+
+@pytest.mark.parametrize(("torch_cuda", "num_gpus"), [("13.0", 1), ("", 0)])
+def test_what_torch_is_built_for_is_believed_before_its_version(torch_cuda: str, num_gpus: int) -> None:
+    assert Machine(gpus=(H100,), torch_version="2.13.0", torch_cuda=torch_cuda).num_gpus == num_gpus
+
+
+@pytest.mark.parametrize(
+    ("source", "build"),
+    [
+        ("__version__ = '2.11.0+cu130'\ndebug = False\ncuda: Optional[str] = '13.0'\n", ("2.11.0+cu130", "13.0")),
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip = '7.0'\n", ("2.13.0+cpu", "")),
+        ('__version__ = "2.6.0a0+git12"\ncuda = "12.6"\n', ("2.6.0a0+git12", "12.6")),
+        ("__version__ = '2.6.0'\n", ("2.6.0", None)),
+    ],
+)
+def test_torch_tells_its_build_without_being_imported(
+    source: str, build: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.py").write_text(source)
+    monkeypatch.setattr(environment, "package_folder", lambda _: tmp_path)
+    assert torch_build() == build
+
+
+def test_a_torch_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Path:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(environment, "package_folder", missing)
+    monkeypatch.setattr(environment, "package_version", lambda _: "")
+    assert torch_build() == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"), [("2.13.0+cu130", (2, 13, 0)), ("2.6.0a0+git12", (2, 6, 0)), ("13.0", (13, 0)), ("", ())]
+)
+def test_the_numbers_of_a_version_are_its_leading_ones(version: str, numbers: tuple[int, ...]) -> None:
+    assert version_numbers(version) == numbers
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "folder"),
+    [("memory.max", "memory.current", "."), ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory")],
+)
+def test_available_memory_is_within_the_limit_of_the_container(
+    limit: str, used: str, folder: str, tmp_path: Path
+) -> None:
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (group / used).write_text("5000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 3000\n")
+    (group / limit).write_text("8000\n")
+    assert host_available_bytes(tmp_path) == 8000 - 5000 + 3000
+    (group / limit).write_text("max\n")
+    assert host_available_bytes(tmp_path) > 2**20
 
 
 def test_the_environment_is_flat_text_without_gaps() -> None:

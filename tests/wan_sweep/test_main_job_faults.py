@@ -232,7 +232,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Started], None]]:
     """Puts outputs/ on a small disk where that is allowed; call it to fill the disk, else no file grows any more."""
     disk = tmp_path / "outputs"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]
     is_mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def fill(started: Started) -> None:

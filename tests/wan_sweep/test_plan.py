@@ -15,7 +15,7 @@ from wan_sweep.schema import Job, Scalar, asked_key
 from wan_sweep.store import PLAN_FILE, write_record
 
 NO_GPU = Machine(torch_version="2.13.0+cpu")
-H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0, num_processes=0)
+H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0)
 ONE_GPU = Machine(gpus=(H100,), torch_version="2.13.0")
 
 
@@ -157,12 +157,6 @@ def test_the_plan_says_which_model_auto_is(
     tmp_path: Path, machine: Machine, knobs: dict[str, Scalar], note: str
 ) -> None:
     assert (note,) == planned([candidate(model="auto", **knobs)], tmp_path, machine=machine).notes
-
-
-def test_foreign_processes_on_the_gpu_are_told(tmp_path: Path) -> None:
-    busy = Machine(gpus=(replace(H100, num_processes=2),), torch_version="2.13.0")
-    notes = planned([candidate()], tmp_path, machine=busy).notes
-    assert notes == ("2 other processes use the GPU; device_used and times will contain them.",)
 
 
 def test_the_printed_plan_shows_each_job_and_each_reason(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from wan_sweep.environment import Gpu, Machine
 from wan_sweep.rules import resolve
 from wan_sweep.schema import Job, Scalar
 
-H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0, num_processes=0)
+H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0)
 NO_GPU = Machine(torch_version="2.13.0+cpu")
 ONE_GPU = Machine(gpus=(H100,), torch_version="2.13.0")
 TWO_GPUS = Machine(gpus=(H100, H100), torch_version="2.13.0")

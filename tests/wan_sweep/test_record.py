@@ -32,6 +32,9 @@ RECORD = Record(
     ranks=[{"rank": 0}],
     warnings=[{"code": "noise", "text": "t", "advice": "a"}],
     idle_knobs={"gradient_checkpointing": "no gradients"},
+    fidelity={"reference": "1_precision=fp16", "reference_folder": "/outputs/sweep/now/1", "reason": ""},
+    passes={"trace": {"outcome": "ok", "reason": "", "seconds": 3.0, "files": ["trace_rank0.pt.trace.json.gz"]}},
+    checks=[{"name": "driver", "state": "ok", "text": "driver 580", "advice": ""}],
 )
 
 
@@ -43,7 +46,7 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
 
 def test_the_file_has_the_documented_shape() -> None:
     values = RECORD.to_json()
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert values["job"] == {"key": "0123456789ab", "number": 2, "name": "2_precision=bf16", "repeat": 1}
     assert values["sweep"] == {"name": "sweep", "id": "now", "folder": "/outputs/sweep/now"}
     assert {
@@ -68,6 +71,9 @@ def test_the_file_has_the_documented_shape() -> None:
         "warnings",
         "idle_knobs",
         "measured_in",
+        "fidelity",
+        "passes",
+        "checks",
     } == set(values)
 
 
@@ -86,7 +92,7 @@ def test_another_schema_version_is_refused_by_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not a record"), ("[1]", "is not a record"), ('{"schema_version": 1}', "the record is incomplete")],
+    [("{", "is not a record"), ("[1]", "is not a record"), ('{"schema_version": 2}', "the record is incomplete")],
 )
 def test_a_damaged_record_is_refused_by_file(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "record.json"

@@ -17,8 +17,8 @@ MIB = 2**20
 class Lines(list[dict[str, Any]]):
     """Events, kept."""
 
-    def write(self, event: dict[str, Any]) -> None:
-        self.append(event)
+    def write(self, event: dict[str, Any], *, is_urgent: bool) -> None:
+        self.append({**event, "is_urgent": is_urgent})
 
 
 class Scripted(CpuRuntime):
@@ -191,7 +191,80 @@ def test_every_boundary_leaves_a_line_with_counters() -> None:
         ("end", "step"),
         ("end", "phase"),
     ]
-    assert all("host_rss_bytes" in line for line in lines if line["kind"] != "block")
+    for line in lines:
+        is_block = line["kind"] == "block"
+        assert (line["host_rss_bytes"] is None) == is_block
+        assert line["is_urgent"] is not is_block
+    assert {line["phase"] for line in lines} == {"denoise"}
+    assert [line["elapsed_s"] for line in lines] == sorted(line["elapsed_s"] for line in lines)
+
+
+def test_an_event_says_what_happened_since_the_one_before() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    with recorder.span(phase("denoise")):
+        device.go(50, 20)
+        with recorder.span(step(0)):
+            device.go(40, 30)
+    assert [line["allocated_bytes"] for line in lines] == [0, 20, 30, 30]
+    assert [line["interval"]["allocated_peak_bytes"] for line in lines] == [0, 50, 40, 30]
+    assert [line["span"]["allocated_peak_bytes"] for line in lines if line["event"] == "end"] == [40, 50]
+
+
+def test_components_that_come_and_go_are_switches_with_bytes_and_seconds() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    for name, size in (("t5", 100), ("dit", 40)):
+        with recorder.span(Span(kind="component", name=name, expected_bytes=size)):
+            device.go(size)
+        with recorder.span(Span(kind="release", name=name)):
+            device.go(0)
+    metrics = recorder.metrics()
+    assert (metrics["memory/switch/num"], metrics["memory/switch/moved_bytes"]) == (2, 140)
+    assert metrics["time/switch_s"] > 0
+    assert [line["moved_bytes"] for line in lines if line["event"] == "end"] == [100, 100, 40, 40]
+    assert [line["residents"] for line in lines] == [{}, {"t5": 100}, {"t5": 100}, {}, {}, {"dit": 40}, {"dit": 40}, {}]
+
+
+def test_without_a_release_there_is_no_switching_to_report() -> None:
+    recorder = Recorder(Scripted(), Lines())
+    with recorder.span(Span(kind="component", name="t5", expected_bytes=0)):
+        pass
+    assert not any("switch" in name for name in recorder.metrics())
+
+
+def test_what_stands_before_the_first_span_belongs_to_the_libraries() -> None:
+    device = Scripted()
+    device.go(33)
+    recorder = Recorder(device, Lines())
+    with recorder.span(phase("denoise")):
+        device.go(50, 33)
+    metrics = recorder.metrics()
+    assert metrics["memory/base/libraries_bytes"] == 33
+    assert metrics["memory/activation/denoise_bytes"] == 17
+
+
+def test_fluctuation_is_the_range_of_step_peaks_after_the_first_step() -> None:
+    device = Scripted()
+    recorder = Recorder(device, Lines())
+    with recorder.span(phase("denoise")):
+        for index, peak in enumerate((10, 80, 100, 90)):
+            with recorder.span(step(index, total=4)):
+                device.go(peak, 0)
+    assert recorder.metrics()["memory/fluctuation_pct"] == 20
+
+
+def test_what_the_process_holds_outside_the_allocator_is_told_where_it_is_known() -> None:
+    device = Scripted()
+    told = Recorder(device, Lines(), process_used=lambda: 700 + 2 * device.now)
+    untold = Recorder(device, Lines())
+    for recorder in (told, untold):
+        with recorder.span(phase("denoise")):
+            device.go(50)
+        device.go(0)
+    assert told.metrics()["memory/outside_allocator_bytes"] == 700
+    assert told.metrics()["memory/peak/process_used_bytes"] == 800
+    assert "memory/outside_allocator_bytes" not in untold.metrics()
 
 
 def test_what_reading_costs_is_not_in_the_times_of_outer_spans(monkeypatch: pytest.MonkeyPatch) -> None:

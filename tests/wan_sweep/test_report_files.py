@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from rich.console import Console
 
-from tests.wan_sweep.made_up_records import KNOBS, main_job, metrics_of, record, write_sweep
+from tests.wan_sweep.made_up_events import write_main_sweep
+from tests.wan_sweep.made_up_records import KNOBS, metrics_of, record, write_sweep
 from wan_sweep.report import print_summary, write_reports, write_table
 from wan_sweep.report.__main__ import main
 from wan_sweep.report.labels import Box, place
@@ -24,7 +25,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_sweep(tmp_path_factory.mktemp("sweep"), *main_job())
+    folder = write_main_sweep(tmp_path_factory.mktemp("sweep"))
     write_reports(folder)
     return folder
 
@@ -51,7 +52,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_none_cut(sweep: Path) -> None:
 
 
 def test_pictures_are_pictures(sweep: Path) -> None:
-    for name in ("peak_memory.png", "memory_time.png", "steps.png"):
+    for name in ("peak_memory.png", "memory_time.png", "timelines.png", "steps.png"):
         assert (sweep / name).read_bytes()[:4] == PNG
         with Image.open(sweep / name) as picture:
             assert picture.width > 800
@@ -76,19 +77,33 @@ def test_results_have_the_metrics_as_tracked(sweep: Path) -> None:
     assert rows[0]["time/step_s"] == "0.97"
     assert rows[4]["memory/peak/allocated_mib"] == ""
     assert rows[4]["reason"].startswith("out of memory in denoise")
+    assert [row["fidelity/psnr_db"] for row in rows] == ["", "", "41.27", "41.27", "", ""]
+    assert [row["fidelity/is_bit_equal"] for row in rows] == ["", "1", "0", "0", "", ""]
 
 
 def test_a_full_rewrite_comes_from_files_alone(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (sweep / "report.md").read_bytes()
-    (sweep / "report.md").unlink()
+    made = ["report.md", "report.html", "results.csv", *(str(path.relative_to(sweep)) for path in sweep.rglob("*.png"))]
+    before = {name: (sweep / name).read_bytes() for name in made}
+    assert len(before) == 9
+    for name in made:
+        (sweep / name).unlink()
     assert main([str(sweep)]) == 0
-    assert (sweep / "report.md").read_bytes() == before
+    assert {name: (sweep / name).read_bytes() for name in made} == before
     assert "Least memory: job 1" in capsys.readouterr().out
 
 
 def test_a_folder_without_records_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert f"sweep_dir={tmp_path}" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_the_first_of_many_bottlenecks_and_every_reason(tmp_path: Path) -> None:
+    metrics = metrics_of(base={"t5": 3.0, "dit": 2.0, "vae": 4.0}, activation=41)
+    jobs = [record(number, {"base_seed": number}, metrics) for number in range(1, 12)]
+    failed = [record(number, {"base_seed": number}, outcome="failed", reason="broken") for number in range(12, 24)]
+    words = printed(write_sweep(tmp_path, *jobs, *failed), 160)
+    assert "  and 3 more in report.md\n" in words
+    assert words.count(": failed: broken") == 12
 
 
 def test_a_full_grid_is_one_command(sweep: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.wan_sweep.made_up_records import GIB, KNOBS, MIB, main_job, metrics_of, record, write_sweep
 from wan_sweep.report.bars import bars_of
 from wan_sweep.report.cells import columns_of
-from wan_sweep.report.findings import bottlenecks, effects, headline, idle_knobs, unmeasured, warnings
+from wan_sweep.report.findings import checks, headline, unmeasured, warnings, without_effect
 from wan_sweep.report.pareto import pareto_front
 from wan_sweep.report.sheet import Sheet, difference_pct, read_sheet
 
@@ -93,6 +93,11 @@ def test_repeats_that_end_differently_are_counted(tmp_path: Path) -> None:
     assert unmeasured(sheet) == ["Job 1 (offload=true), run 2: timeout: longer than timeout_s=5"]
 
 
+def test_repeats_that_failed_alike_tell_it_once(tmp_path: Path) -> None:
+    jobs = [one | {"outcome": "failed", "reason": "broken", "metrics": {}} for one in repeated()[::2]]
+    assert unmeasured(sheet_of(tmp_path, *jobs)) == ["Job 1 (offload=true), runs 1, 2 and 3: failed: broken"]
+
+
 def test_numbers_of_a_job_that_ran_out_of_memory_are_not_compared(tmp_path: Path) -> None:
     partial = {"memory/peak/allocated_bytes": 3 * MIB, "time/load_s": 1.0}
     taken_over = record(2, {"offload": False}, partial, outcome="skipped", reason="done before in x (oom)")
@@ -118,44 +123,13 @@ def test_a_damaged_record_is_named_and_the_others_are_shown(tmp_path: Path) -> N
 
 def test_headline_names_reference_and_best(main_sheet: Sheet) -> None:
     assert headline(main_sheet) == [
-        "* Reference for the differences: job 1 (fp16 offload=true), the first that was measured.",
+        (
+            "* Reference for the differences: job 1 (fp16 offload=true), the first that was measured. "
+            "~ marks times that are not told from noise."
+        ),
         "Least memory: job 1 (fp16 offload=true), peak 6.00 GiB allocated; job 3 is within 0.5 %.",
         "Shortest: job 4 (bf16 offload=false), 11.2 s in total; jobs 1, 2 and 3 are within 2 %.",
         "Fastest step: job 4 (bf16 offload=false), 930 ms a step; job 2 is within 2 %.",
-    ]
-
-
-def test_bottleneck_adds_up_and_tells_idle_weights(main_sheet: Sheet) -> None:
-    assert bottlenecks(main_sheet)[1] == (
-        "Job 2 (fp16 offload=false): peak 16.58 GiB in denoise: 13.70 GiB weights "
-        "(t5 10.58 GiB idle, dit 2.64 GiB, vae 484.0 MiB idle) + 2.88 GiB activations."
-    )
-    assert len(bottlenecks(main_sheet)) == 4
-
-
-def test_without_weights_on_the_device_all_of_a_peak_is_activations(tmp_path: Path) -> None:
-    metrics = metrics_of(base={"t5": 0.0, "dit": 0.0, "vae": 0.0}, activation=41, scale=0.1)
-    sheet = sheet_of(tmp_path, record(1, {"load_strategy": "block"}, metrics))
-    assert bottlenecks(sheet) == ["Job 1 (block): peak 41.0 MiB in denoise: 41.0 MiB activations."]
-
-
-def test_weights_that_cannot_all_be_there_are_not_claimed(tmp_path: Path) -> None:
-    metrics = metrics_of(base={"t5": 0.0, "dit": 2.0, "vae": 0.0}, activation=41, scale=0.1)
-    metrics = {name: value for name, value in metrics.items() if "/resident/" not in name}
-    sheet = sheet_of(tmp_path, record(1, {}, {**metrics, "memory/base/t5_bytes": 900 * MIB}))
-    assert bottlenecks(sheet) == ["Job 1 (t2v-1.3B): peak 43.0 MiB in denoise: 43.0 MiB activations."]
-
-
-def test_an_effect_is_measured_between_jobs_that_differ_in_one_knob(main_sheet: Sheet) -> None:
-    assert [effect.sentence() for effect in effects(main_sheet)] == [
-        (
-            "precision=bf16 instead of fp16: peak +0.0 to +0.1 %, step -1.5 to -1.1 % "
-            "(2 pairs of jobs that differ in nothing else)."
-        ),
-        (
-            "offload=false instead of true: peak +176.2 to +176.4 %, step -3.1 to -2.6 % "
-            "(2 pairs of jobs that differ in nothing else)."
-        ),
     ]
 
 
@@ -174,10 +148,10 @@ def test_equal_warnings_and_idle_knobs_are_told_once(tmp_path: Path) -> None:
         "warnings": [{"code": "noise", "text": "Steps differ by 30 %", "advice": "Close other programs."}],
         "idle_knobs": {"t5_cpu": "the whole job already runs on the CPU"},
     }
-    metrics = metrics_of(base=TINY, activation=41)
-    sheet = sheet_of(tmp_path, *(record(n, {"offload": n == 1}, metrics, **told) for n in (1, 2)))
+    metrics = {n: metrics_of(base=TINY, activation=40 + n) for n in (1, 2)}
+    sheet = sheet_of(tmp_path, *(record(n, {"offload": n == 1}, metrics[n], **told) for n in (1, 2)))
     assert warnings(sheet) == ["Jobs 1 and 2: Steps differ by 30 %. Close other programs."]
-    assert idle_knobs(sheet) == [
+    assert without_effect(sheet) == [
         "t5_cpu changed nothing in jobs 1 and 2, because the whole job already runs on the CPU."
     ]
 
@@ -203,15 +177,72 @@ def test_the_front_of_one_point_is_that_point() -> None:
     assert pareto_front([]) == []
 
 
-def test_where_the_peak_hides_what_a_knob_does_the_phases_tell(tmp_path: Path) -> None:
-    metrics = metrics_of(base={"t5": 0.0, "dit": 0.0, "vae": 0.0}, activation=41, scale=0.1)
-    encode = "memory/peak/encode_text/allocated_bytes"
-    less = {**metrics, encode: metrics[encode] / 2}
+def test_what_the_libraries_hold_is_a_part_of_its_own(tmp_path: Path) -> None:
+    metrics = metrics_of(base=TINY, activation=41) | {"memory/base/libraries_bytes": 8 * MIB}
+    (bar,) = bars_of(sheet_of(tmp_path, record(1, {}, metrics)))
+    assert dict(bar.parts)["libraries"] == 8 * MIB
+    assert bar.height == metrics["memory/peak/allocated_bytes"]
+
+
+def test_what_a_card_must_give_is_the_process_or_reserved_and_what_is_outside(tmp_path: Path) -> None:
+    metrics = metrics_of(base=TINY, activation=41)
+    known = metrics | {"memory/peak/process_used_bytes": 700 * MIB}
+    computed = metrics | {"memory/outside_allocator_bytes": 600 * MIB}
     sheet = sheet_of(
-        tmp_path, record(1, {"attention_slicing": False}, metrics), record(2, {"attention_slicing": True}, less)
+        tmp_path, *(record(n, {"base_seed": n}, one) for n, one in ((1, known), (2, computed), (3, metrics)))
     )
-    (effect,) = effects(sheet)
-    assert effect.sentence() == (
-        "attention_slicing=true instead of false: peak unchanged (in encode_text -50.0 %), step unchanged "
-        "(1 pair of jobs that differ in nothing else)."
-    )
+    reserved = metrics["memory/peak/reserved_bytes"]
+    assert [row.needed_bytes() for row in sheet.rows] == [700 * MIB, reserved + 600 * MIB, None]
+    assert column(sheet, "process", "MiB")[0] == "700.0"
+    assert column(sheet, "process", "MiB")[2] == "-"
+
+
+def test_runs_whose_allocator_tried_again_and_uneven_steps_are_flagged(tmp_path: Path) -> None:
+    metrics = metrics_of(base=TINY, activation=41)
+    retried = metrics | {"memory/num_alloc_retries": 2, "memory/fluctuation_pct": 7.44}
+    even = metrics | {"memory/num_alloc_retries": 0, "memory/fluctuation_pct": 0.4}
+    sheet = sheet_of(tmp_path, record(1, {"base_seed": 1}, retried), record(2, {"base_seed": 2}, even))
+    assert warnings(sheet) == [
+        (
+            "Job 1 (base_seed=1): the allocator ran into the card's limit 2 times, gave memory back and tried again. "
+            "Its reserved peak is capped by the card and not comparable with others, its time is longer."
+        ),
+        (
+            "Job 1 (base_seed=1): the peaks of the steps after the first differ by 7.4 %. Steps do the same work, so "
+            "see in steps.png whether something is kept from step to step."
+        ),
+    ]
+
+
+def test_a_warning_that_the_job_gave_itself_is_not_given_twice(tmp_path: Path) -> None:
+    given = {"code": "alloc_retries", "text": "2 retries", "advice": ""}
+    metrics = metrics_of(base=TINY, activation=41) | {"memory/num_alloc_retries": 2}
+    assert warnings(sheet_of(tmp_path, record(1, {}, metrics, warnings=[given]))) == ["Job 1 (t2v-1.3B): 2 retries."]
+
+
+def test_checks_are_told_once_and_those_with_trouble_in_full(tmp_path: Path) -> None:
+    told = [
+        {"name": "driver", "state": "ok", "text": "575.57.08", "advice": ""},
+        {"name": "torch", "state": "ok", "text": "2.11", "advice": ""},
+        {"name": "processes", "state": "warning", "text": "1 other process uses the GPU", "advice": "stop it"},
+    ]
+    sheet = sheet_of(tmp_path, *(record(n, {"base_seed": n}, checks=told) for n in (1, 2)))
+    assert checks(sheet.records) == [
+        "processes: warning: 1 other process uses the GPU. Stop it.",
+        "In order: driver and torch.",
+    ]
+
+
+def test_an_extra_pass_that_came_to_no_end_is_told(tmp_path: Path) -> None:
+    passes = {"trace": {"outcome": "failed", "reason": "the disk is full"}, "attribution": {"outcome": "ok"}}
+    sheet = sheet_of(tmp_path, record(1, {}, metrics_of(base=TINY, activation=41), passes=passes))
+    assert unmeasured(sheet) == ["Job 1 (t2v-1.3B): its trace pass: failed: the disk is full"]
+
+
+def test_a_damaged_attribution_is_named_and_the_numbers_are_shown(tmp_path: Path) -> None:
+    made = record(1, {}, metrics_of(base=TINY, activation=41))
+    write_sweep(tmp_path, made)
+    (tmp_path / made["job"]["name"] / "attribution.json").write_text('{"schema_version": 1}')
+    sheet = read_sheet(tmp_path)
+    assert len(sheet.measured) == 1
+    assert "attribution.json is incomplete: 'outcome' is missing" in unmeasured(sheet)[0]

@@ -103,7 +103,7 @@ def test_files_lie_at_the_same_place_in_each_run(sent: Sent) -> None:
         names = {file.path for file in sent.client.list_artifacts(sent.run(folder).info.run_id)}
         assert names == {"config.yaml", "record.json", "log.txt"}
     report = {file.path for file in sent.client.list_artifacts(sent.run(sent.folder).info.run_id)}
-    assert report == {"results.csv", "report.md", "peak_memory.png", "memory_time.png", "steps.png"}
+    assert report == {"results.csv", "report.md", "report.html", "peak_memory.png", "memory_time.png", "steps.png"}
     assert (sent.root / "mlartifacts").is_dir()
 
 

@@ -11,11 +11,11 @@ from wan_sweep.launch.device import wait_for_baseline
 from wan_sweep.launch.events import Event, EventTail, Position
 from wan_sweep.launch.outcome import Result, classify
 from wan_sweep.launch.process import Limits, run_process
-from wan_sweep.store import EVENTS_FILE, LOG_FILE
+from wan_sweep.store import MEASURE, Pass
 
 __all__ = ["WORKER", "Event", "Interrupted", "Limits", "Result", "launch"]
 
-# The job's folder is appended. Other launchers, such as torchrun, put themselves in front.
+# The job's folder and the name of the pass are appended. Other launchers, such as torchrun, put themselves in front.
 WORKER: tuple[str, ...] = (sys.executable, "-m", "wan_sweep.worker")
 
 
@@ -49,21 +49,23 @@ def launch(
     on_event: Callable[[Event], None],
     command: Sequence[str] = WORKER,
     uses_gpu: bool = False,
+    one: Pass = MEASURE,
 ) -> Result:
-    """Runs the job in this folder, whose job.json is written, and tells what came of it.
+    """Runs a pass of the job in this folder, whose job.json is written, and tells what came of it.
 
     Args:
         folder: The job's folder.
         limits: When to stop it.
         on_event: Hears what the worker tells, soon after.
-        command: What to start; the folder is appended.
+        command: What to start; the folder and the name of the pass are appended.
         uses_gpu: Whether to wait afterwards until device memory is back at what it was.
+        one: Which pass.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came meanwhile; the job's processes are gone.
         OSError: the command cannot be started.
     """
-    tail, position = EventTail(folder / EVENTS_FILE), Position()
+    tail, position = EventTail(folder / one.events), Position()
 
     def look() -> bool:
         events = tail.read()
@@ -75,9 +77,9 @@ def launch(
     baseline = device_used_bytes() if uses_gpu else []
     try:
         ending = run_process(
-            [*command, str(folder)],
+            [*command, str(folder), one.name],
             folder=folder,
-            log=folder / LOG_FILE,
+            log=folder / one.log,
             environment=worker_environment(),
             limits=limits,
             look=look,
@@ -86,7 +88,7 @@ def launch(
         for event in tail.read():
             position.follow(event)
         raise Interrupted(str(position)) from error
-    result = classify(folder, ending, limits, str(position))
+    result = classify(folder, ending, limits, str(position), one)
     warning = wait_for_baseline(baseline, device_used_bytes)
     if warning is None:
         return result

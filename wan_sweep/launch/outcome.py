@@ -10,7 +10,7 @@ from typing import Any
 from wan_sweep.errors import RecordError
 from wan_sweep.launch.process import Ending, Limits
 from wan_sweep.record import Outcome
-from wan_sweep.store import LOG_FILE, MEASUREMENT_FILE, read_json
+from wan_sweep.store import MEASURE, Pass, read_json
 
 EXIT_OOM = 3
 
@@ -22,7 +22,7 @@ _NEXT_TO_NOTHING = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a job came to; `measurement` is what its worker told, empty if it did not get that far."""
+    """What a pass came to; `measurement` is what its worker told, empty if it did not get that far."""
 
     outcome: Outcome
     reason: str = ""
@@ -51,20 +51,21 @@ def is_full(folder: Path) -> bool:
         return False
 
 
-def classify(folder: Path, ending: Ending, limits: Limits, where: str) -> Result:
-    """The outcome of a job.
+def classify(folder: Path, ending: Ending, limits: Limits, where: str, one: Pass = MEASURE) -> Result:
+    """The outcome of a pass.
 
     Args:
         folder: The job's folder.
         ending: How its process ended.
         limits: The limits that it had.
         where: The last position that it told, such as "denoise, step 3 of 4".
+        one: Which pass of the job it was.
     """
     warnings = tuple(_warnings(ending))
     damage = ""
-    if (folder / MEASUREMENT_FILE).exists():
+    if (folder / one.result).exists():
         try:
-            measurement = read_json(folder / MEASUREMENT_FILE)
+            measurement = read_json(folder / one.result)
             return Result(
                 outcome=measurement["outcome"],
                 reason=str(measurement.get("reason") or "")[:_LONGEST_REASON],
@@ -73,8 +74,8 @@ def classify(folder: Path, ending: Ending, limits: Limits, where: str) -> Result
                 warnings=warnings,
             )
         except (RecordError, KeyError) as error:
-            damage = f"; {MEASUREMENT_FILE} is damaged: {error}"
-    tail = log_tail(folder / LOG_FILE)
+            damage = f"; {one.result} is damaged: {error}"
+    tail = log_tail(folder / one.log)
     outcome, kind, reason = _without_measurement(ending, limits, where, tail)
     if outcome == "failed" and is_full(folder):
         damage += f"; the disk of {folder} is full"
@@ -120,7 +121,7 @@ def _warnings(ending: Ending) -> list[Mapping[str, str]]:
             {
                 "code": "left_behind",
                 "text": f"The job left {ending.num_left_behind} processes behind, which were ended.",
-                "advice": "See log.txt for what it started.",
+                "advice": "See its log for what it started.",
             }
         )
     if not ending.is_clean:

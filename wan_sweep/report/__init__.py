@@ -1,18 +1,23 @@
 """Tables, sentences and pictures, made from the files of a sweep and from nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wan_sweep.errors import RecordError
 from wan_sweep.report.csv_table import csv_text
 from wan_sweep.report.markdown import markdown_text
-from wan_sweep.report.sheet import read_sheet
+from wan_sweep.report.page import page_text
+from wan_sweep.report.sheet import Sheet, read_records, read_sheet
 from wan_sweep.report.text_table import print_sheet
-from wan_sweep.store import write_atomically
+from wan_sweep.report.timeline import Timeline, read_timeline
+from wan_sweep.report.timeline_picture import draw, draw_timeline
+from wan_sweep.store import MEMORY_EVENTS_FILE, TIMELINE_FILE, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_summary", "write_reports", "write_table"]
+__all__ = ["draw_timeline", "print_summary", "write_reports", "write_table"]
 
 
 def write_table(sweep_dir: Path) -> None:
@@ -21,11 +26,12 @@ def write_table(sweep_dir: Path) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; an older file stays as it was.
     """
-    write_atomically(sweep_dir / "results.csv", csv_text(read_sheet(sweep_dir).records))
+    records, _ = read_records(sweep_dir)
+    write_atomically(sweep_dir / "results.csv", csv_text(records))
 
 
 def write_reports(sweep_dir: Path) -> None:
-    """Write results.csv, the pictures and report.md, each whole or not at all.
+    """Write results.csv, the pictures, report.md and report.html, each whole or not at all.
 
     Raises:
         OSError: as `write_table`.
@@ -34,10 +40,41 @@ def write_reports(sweep_dir: Path) -> None:
 
     write_table(sweep_dir)
     sheet = read_sheet(sweep_dir)
-    pictures = draw_all(sheet)
-    write_atomically(sweep_dir / "report.md", markdown_text(sheet, pictures))
+    timelines, damaged = _draw_jobs(sheet)
+    sheet = replace(sheet, damaged=(*sheet.damaged, *damaged))
+    parts = []
+    for part in sheet.by_mode():
+        shown = [(row, timelines[row.number]) for row in part.measured if row.number in timelines]
+        parts.append((part, draw_all(part, shown)))
+    write_atomically(sweep_dir / "report.md", markdown_text(parts))
+    write_atomically(sweep_dir / "report.html", page_text(parts))
 
 
 def print_summary(sweep_dir: Path, console: "Console") -> None:
     """Print the table and what follows from it."""
     print_sheet(read_sheet(sweep_dir), console)
+
+
+def _draw_jobs(sheet: Sheet) -> tuple[dict[int, Timeline], list[str]]:
+    """Draw the timeline of each job that left one.
+
+    Returns:
+        The timeline of each configuration by its number, and what is wrong with the files that cannot be read.
+    """
+    timelines: dict[int, Timeline] = {}
+    damaged = []
+    for row in sheet.rows:
+        taken_over = row.find(MEMORY_EVENTS_FILE)
+        folders = dict.fromkeys(sheet.folder / record.name for record in row.records)
+        for folder in dict.fromkeys([*folders, *([taken_over.parent] if taken_over else [])]):
+            try:
+                timeline = read_timeline(folder)
+            except RecordError as error:
+                damaged.append(str(error))
+                continue
+            if timeline is None:
+                continue
+            timelines.setdefault(row.number, timeline)
+            if folder in folders:
+                draw(timeline, folder / TIMELINE_FILE)
+    return timelines, damaged

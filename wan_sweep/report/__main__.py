@@ -1,4 +1,4 @@
-"""`python -m wan_sweep.report SWEEP_DIR`: makes table, pictures and report again from the files of a sweep."""
+"""`python -m wan_sweep.report SWEEP_DIR`: makes table, pictures and reports again from the files of a sweep."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
     print_summary(folder, console)
     write_reports(folder)
-    console.print(f"\nWritten to {folder}: results.csv, report.md and pictures.", soft_wrap=True)
+    console.print(f"\nWritten to {folder}: results.csv, report.md, report.html and pictures.", soft_wrap=True)
     return 0
 
 

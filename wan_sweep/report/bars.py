@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, Row, Sheet
 
-ACTIVATIONS = "activations"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
@@ -13,7 +11,7 @@ class Bar:
 
     Args:
         label: its short name.
-        parts: weights by component, then activations; they add up to the peak of allocated memory.
+        parts: weights by component, libraries, activations; they add up to the peak of allocated memory.
         reserved: what torch's allocator held at most; 0 where it is not known.
         phase: where the peak is.
         gap: why there is no bar; empty where there is one.
@@ -38,9 +36,11 @@ def bars_of(sheet: Sheet) -> list[Bar]:
 
 def _bar(row: Row) -> Bar:
     label = f"{row.number}  {row.label}"
-    peak = row.value(PEAK_ALLOCATED)
-    if peak is None:
+    if row.value(PEAK_ALLOCATED) is None:
         return Bar(label=label, gap=row.outcome)
-    weights = row.weights_at_peak()
-    parts = (*weights.items(), (ACTIVATIONS, peak - sum(weights.values())))
-    return Bar(label=label, parts=parts, reserved=row.value(PEAK_RESERVED) or 0.0, phase=row.peak_phase or "")
+    return Bar(
+        label=label,
+        parts=tuple(row.parts_at_peak().items()),
+        reserved=row.value(PEAK_RESERVED) or 0.0,
+        phase=row.peak_phase or "",
+    )

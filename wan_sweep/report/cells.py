@@ -1,9 +1,11 @@
-"""The table as text: titles and cells by column, the same for the terminal and for report.md."""
+"""The table as text: titles and cells by column, the same for the terminal, report.md and report.html."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, TOTAL_SECONDS, Row, Sheet, Spread, difference_pct
+from wan_sweep.report.change import change_of
+from wan_sweep.report.fidelity import LATENTS_MAX_DIFF, MAX_DIFF, SSIM, fidelity_cell, has_fidelity
+from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, TOTAL_SECONDS, Row, Sheet, Spread
 from wan_sweep.units import format_gib, format_mib, mib
 
 _AXES_WITH_OWN_COLUMN = 4
@@ -33,8 +35,8 @@ class Column:
         return max(map(len, (*self.title, *self.cells)))
 
 
-def columns_of(sheet: Sheet) -> list[Column]:
-    """Return the columns of the table, from left to right."""
+def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
+    """Return the columns of the table, from left to right; the full one has every measure of fidelity."""
     unit = "GiB" if sheet.is_in_gib else "MiB"
     step_title = ("step", "s") if sheet.step_metric.endswith("/step_s") else ("first step", "s")
     found = [
@@ -43,17 +45,19 @@ def columns_of(sheet: Sheet) -> list[Column]:
         Column(title=("outcome",), cells=tuple(row.outcome for row in sheet.rows), is_number=False),
         _memory(sheet, ("base", unit), _base, rank=2),
         _memory(sheet, ("peak", unit), lambda row: row.spread(PEAK_ALLOCATED)),
-        _memory(sheet, ("reserved", unit), lambda row: row.spread(PEAK_RESERVED), rank=1),
+        _memory(sheet, ("reserved", unit), lambda row: row.spread(PEAK_RESERVED), rank=3),
+        *_process(sheet, unit),
         Column(
             title=("peak in",),
             cells=tuple(row.peak_phase or _NOTHING for row in sheet.rows),
             is_number=False,
-            rank=4,
+            rank=6,
         ),
         _seconds(sheet, step_title, sheet.step_metric),
         _seconds(sheet, ("total", "s"), TOTAL_SECONDS),
         _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED),
-        _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=3),
+        _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=5),
+        *_fidelity(sheet, is_full=is_full),
     ]
     if sheet.has_repeats:
         found.insert(1, Column(title=("runs",), cells=tuple(str(len(row.records)) for row in sheet.rows)))
@@ -74,8 +78,40 @@ def _what_differs(sheet: Sheet) -> list[Column]:
 
 
 def _base(row: Row) -> Spread | None:
-    value = row.base_bytes()
+    return _single(row.base_bytes())
+
+
+def _process(sheet: Sheet, unit: str) -> list[Column]:
+    """Return what a card must be able to give, where any job knows it."""
+    column = _memory(sheet, ("process", unit), lambda row: _single(row.needed_bytes()), rank=1)
+    return [column] if any(cell != _NOTHING for cell in column.cells) else []
+
+
+def _single(value: float | None) -> Spread | None:
     return None if value is None else Spread(middle=value, low=value, high=value)
+
+
+def _fidelity(sheet: Sheet, *, is_full: bool) -> list[Column]:
+    if not has_fidelity(sheet):
+        return []
+    found = [
+        Column(
+            title=("fidelity", "dB"),
+            cells=tuple(fidelity_cell(row) or _NOTHING for row in sheet.rows),
+            rank=4,
+        )
+    ]
+    if is_full:
+        found += [
+            _plain(sheet, ("SSIM",), SSIM, "{:.4f}"),
+            _plain(sheet, ("max diff", "levels"), MAX_DIFF, "{:g}"),
+            _plain(sheet, ("latents", "max diff"), LATENTS_MAX_DIFF, "{:.3g}"),
+        ]
+    return found
+
+
+def _plain(sheet: Sheet, title: tuple[str, ...], metric: str, form: str) -> Column:
+    return Column(title=title, cells=_cells([row.spread(metric) for row in sheet.rows], form.format))
 
 
 def _memory(sheet: Sheet, title: tuple[str, str], read: Callable[[Row], Spread | None], *, rank: int = 9) -> Column:
@@ -106,10 +142,21 @@ def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
 
 
 def _differences(sheet: Sheet, title: tuple[str, str], metric: str, *, rank: int = 9) -> Column:
-    reference = sheet.reference
-    base = reference.value(metric) if reference else None
+    """Return the differences to the reference with their spread; ~ marks those of time that are not told from noise."""
     cells = []
     for row in sheet.rows:
-        found = difference_pct(row.value(metric), base)
-        cells.append(_NOTHING if found is None else "0" if abs(found) < _ROUNDS_TO_ZERO else f"{found:+.1f}")
+        found = change_of(metric, row, sheet.reference) if sheet.reference else None
+        if found is None:
+            cells.append(_NOTHING)
+        elif row is sheet.reference:
+            cells.append("0")
+        else:
+            is_noise = metric != PEAK_ALLOCATED and not found.is_clear
+            low, high = _signed(found.low), _signed(found.high)
+            spread = "" if low == high else f" ({low}..{high})"
+            cells.append(f"{'~' if is_noise else ''}{_signed(found.pct)}{spread}")
     return Column(title=title, cells=tuple(cells), rank=rank)
+
+
+def _signed(pct: float) -> str:
+    return "0" if abs(pct) < _ROUNDS_TO_ZERO else f"{pct:+.1f}"

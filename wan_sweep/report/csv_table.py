@@ -10,25 +10,38 @@ from wan_sweep.units import mib
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """Return the table: job, outcome, reason, the knobs that differ, the metrics in MiB, seconds and percent."""
+    """Return the table: job, outcome, reason, the knobs that differ, the metrics in MiB, seconds and percent.
+
+    Where some jobs were measured and others estimated, a column tells which, and estimates have columns of their own.
+    """
     knobs = list(dict.fromkeys(knob for record in records for knob in record.overrides))
     if any(record.repeat for record in records):
         knobs.append("repeat")
-    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    if len({record.mode for record in records}) > 1 and "mode" not in knobs:
+        knobs.append("mode")
+    metrics = list(dict.fromkeys((_column(record, name), name) for record in records for name in record.metrics))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["job", "outcome", "reason", *knobs, *map(_tracked_name, metrics)])
+    writer.writerow(["job", "outcome", "reason", *knobs, *(column for column, _ in metrics)])
     for record in records:
-        settings = {**{knob: text(value) for knob, value in record.overrides.items()}, "repeat": str(record.repeat)}
-        values = [_tracked_value(name, record.metrics[name]) if name in record.metrics else "" for name in metrics]
+        settings = {knob: text(value) for knob, value in record.overrides.items()}
+        settings |= {"repeat": str(record.repeat), "mode": record.mode}
+        values = [
+            _tracked_value(name, record.metrics[name])
+            if name in record.metrics and _column(record, name) == column
+            else ""
+            for column, name in metrics
+        ]
         reason = " ".join(record.reason.split())
         writer.writerow([record.number, record.outcome, reason, *(settings.get(knob, "") for knob in knobs), *values])
     return buffer.getvalue()
 
 
-def _tracked_name(metric: str) -> str:
+def _column(record: Record, metric: str) -> str:
+    """Return the name of the column for a record's metric: as in MLflow, estimates with their mode in front."""
     stem = metric.removesuffix("_bytes")
-    return metric if stem == metric else f"{stem}_mib"
+    name = metric if stem == metric else f"{stem}_mib"
+    return name if record.mode == "measure" else f"{record.mode}/{name}"
 
 
 def _tracked_value(metric: str, value: float) -> str:

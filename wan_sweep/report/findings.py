@@ -1,232 +1,245 @@
 """What a table does not say by itself, in sentences that are computed from the records and nothing else."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from wan_sweep.report.sheet import (
-    PEAK_ALLOCATED,
-    TOTAL_SECONDS,
-    Row,
-    Sheet,
-    difference_pct,
-    job_list,
-)
+from wan_sweep.record import Record
+from wan_sweep.report.advice import TITLE as ADVICE_TITLE
+from wan_sweep.report.advice import advice
+from wan_sweep.report.bottleneck import bottlenecks, oom_contents
+from wan_sweep.report.change import NOISE_PCT, change_of, differ
+from wan_sweep.report.effects import effects
+from wan_sweep.report.fidelity import fidelity
+from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, Spread, job_list, word_list
 from wan_sweep.units import format_bytes, format_seconds
 
-# Components that a phase computes with; what else lies on the device then is idle.
-_AT_WORK = {
-    "load": frozenset({"t5", "clip", "dit", "vae"}),
-    "encode_text": frozenset({"t5"}),
-    "encode_image": frozenset({"clip", "vae"}),
-    "denoise": frozenset({"dit"}),
-    "decode": frozenset({"vae"}),
-    "save": frozenset[str](),
-}
-# Closer than this, two results are named together: memory repeats exactly, time does not.
+# Closer than this, two peaks are named together.
 _MEMORY_TIE_PCT = 0.5
-_TIME_TIE_PCT = 2.0
-_NO_CHANGE_PCT = 0.05
+_NOTABLE_FLUCTUATION_PCT = 3.0
+
+CHECKS_TITLE = "Checks before the start"
+_BOTTLENECKS_TITLE = "Where the peaks come from"
+_FIDELITY_TITLE = "Fidelity"
+_FOR_EACH_JOB = frozenset({_BOTTLENECKS_TITLE, _FIDELITY_TITLE})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
-    """What one knob does while all other knobs that differ stay the same.
+class Section:
+    """Sentences under a title.
 
     Args:
-        knob: the swept knob.
-        value: what it is set to.
-        instead_of: what it is compared with.
-        peak_pct: change of peak allocated memory in percent, one number per pair of jobs.
-        step_pct: change of the seconds per step in percent, one number per pair of jobs.
-        phase_pct: change of the peak of each phase in percent, one number per pair of jobs, where there is any.
+        title: empty for the first section of a report.
+        lines: the sentences.
+        may_be_cut: whether a terminal shows the first of many and leaves the others to the report.
     """
 
-    knob: str
-    value: str
-    instead_of: str
-    peak_pct: tuple[float, ...]
-    step_pct: tuple[float, ...]
-    phase_pct: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    title: str
+    lines: tuple[str, ...]
+    may_be_cut: bool = False
 
-    def sentence(self) -> str:
-        """Return it in words."""
-        pairs = max(len(self.peak_pct), len(self.step_pct))
-        counted = "1 pair" if pairs == 1 else f"{pairs} pairs"
-        peak = _range(self.peak_pct)
-        if peak == "unchanged" and self.phase_pct:  # another phase hides what the knob does
-            peak += f" ({', '.join(f'in {phase} {_range(changes)}' for phase, changes in self.phase_pct.items())})"
-        return (
-            f"{self.knob}={self.value} instead of {self.instead_of}: peak {peak}, "
-            f"step {_range(self.step_pct)} ({counted} of jobs that differ in nothing else)."
-        )
+
+def sections(sheet: Sheet) -> list[Section]:
+    """Return the findings of a sheet of one mode; those without anything to say are left out, but for the first."""
+    found = [
+        (_BOTTLENECKS_TITLE, bottlenecks(sheet)),
+        (ADVICE_TITLE, advice(sheet)),
+        ("What each knob changes", [effect.sentence() for effect in effects(sheet) if not effect.is_nothing]),
+        ("Without effect", without_effect(sheet)),
+        (_FIDELITY_TITLE, fidelity(sheet)),
+        ("Not measured here", unmeasured(sheet)),
+        ("Warnings", warnings(sheet)),
+        (CHECKS_TITLE, checks(sheet.records)),
+    ]
+    rest = [
+        Section(title=title, lines=tuple(lines), may_be_cut=title in _FOR_EACH_JOB) for title, lines in found if lines
+    ]
+    return [Section(title="", lines=tuple(headline(sheet))), *rest]
 
 
 def headline(sheet: Sheet) -> list[str]:
     """Return which job is the reference, and which ones are best by memory and by time."""
     reference, measured = sheet.reference, sheet.measured
+    verb = "measured" if sheet.mode == "measure" else "estimated"
     if reference is None:
-        return ["No job was measured, so there is nothing to compare."]
+        return [f"No job was {verb}, so there is nothing to compare."]
     if len(measured) == 1:
-        return [f"One job was measured: {job_list([reference])}."]
-    lines = [f"* Reference for the differences: {job_list([reference])}, the first that was measured."]
-    least = _best(measured, PEAK_ALLOCATED, _MEMORY_TIE_PCT)
+        return [f"One job was {verb}: {job_list([reference])}."]
+    changes = [change_of(sheet.step_metric, row, reference) for row in measured[1:]]
+    noise = " ~ marks times that are not told from noise." if any(one and not one.is_clear for one in changes) else ""
+    lines = [f"* Reference for the differences: {job_list([reference])}, the first that was {verb}.{noise}"]
+    least = _best(measured, PEAK_ALLOCATED, _are_peaks_apart)
     if least:
-        peak = f"peak {_bytes(least[0], PEAK_ALLOCATED)} allocated"
-        lines.append(f"Least memory: {job_list(least[:1])}, {peak}{_ties(least[1:], _MEMORY_TIE_PCT)}.")
-    shortest = _best(measured, TOTAL_SECONDS, _TIME_TIE_PCT)
+        peak = f"peak {format_bytes(least[0].value(PEAK_ALLOCATED) or 0)} allocated"
+        lines.append(f"Least memory: {job_list(least[:1])}, {peak}{_ties(least, f'within {_MEMORY_TIE_PCT:g} %')}.")
+    shortest = _best(measured, TOTAL_SECONDS, differ)
     if shortest:
-        total = f"{_seconds(shortest[0], TOTAL_SECONDS)} in total"
-        lines.append(f"Shortest: {job_list(shortest[:1])}, {total}{_ties(shortest[1:], _TIME_TIE_PCT)}.")
-    fastest = _best(measured, sheet.step_metric, _TIME_TIE_PCT)
+        total = f"{format_seconds(shortest[0].value(TOTAL_SECONDS) or 0)} in total"
+        lines.append(f"Shortest: {job_list(shortest[:1])}, {total}{_ties(shortest, _noise(shortest))}.")
+    fastest = _best(measured, sheet.step_metric, differ)
     if fastest and fastest != shortest:
-        step = f"{_seconds(fastest[0], sheet.step_metric)} a step"
-        lines.append(f"Fastest step: {job_list(fastest[:1])}, {step}{_ties(fastest[1:], _TIME_TIE_PCT)}.")
+        step = f"{format_seconds(fastest[0].value(sheet.step_metric) or 0)} a step"
+        lines.append(f"Fastest step: {job_list(fastest[:1])}, {step}{_ties(fastest, _noise(fastest))}.")
     return lines
-
-
-def bottleneck(row: Row) -> str | None:
-    """Return what fills the device at a configuration's peak; None where it was not measured."""
-    peak, phase = row.value(PEAK_ALLOCATED), row.peak_phase
-    if peak is None or phase is None:
-        return None
-    weights = row.weights_at_peak()
-    idle = {part: value for part, value in weights.items() if part not in _AT_WORK.get(phase, frozenset())}
-    parts = ", ".join(
-        f"{part} {format_bytes(value)}{' idle' if part in idle else ''}" for part, value in weights.items()
-    )
-    rest = peak - sum(weights.values())
-    weights_text = f"{format_bytes(sum(weights.values()))} weights ({parts}) + " if weights else ""
-    return f"peak {format_bytes(peak)} in {phase}: {weights_text}{format_bytes(rest)} activations."
-
-
-def bottlenecks(sheet: Sheet) -> list[str]:
-    """Return a sentence for each measured configuration."""
-    return [f"{_name(row)}: {sentence}" for row in sheet.rows if (sentence := bottleneck(row))]
-
-
-def effects(sheet: Sheet) -> list[Effect]:
-    """Return what each swept knob changes, found in pairs of configurations that differ in that knob alone."""
-    reference = sheet.reference
-    if reference is None:
-        return []
-    found = []
-    for knob in sheet.axes:
-        base = reference.axes.get(knob)
-        others = dict.fromkeys(row.axes[knob] for row in sheet.measured if knob in row.axes)
-        found += [
-            effect
-            for value in others
-            if base is not None and value != base and (effect := _effect(sheet, knob, value, base)).peak_pct
-        ]
-    return found
 
 
 def unmeasured(sheet: Sheet) -> list[str]:
     """Return outcome and reason of each job without numbers of its own, and of those that took over older ones."""
-    lines = []
-    for row in sheet.rows:
-        for record in row.records:
-            if record.outcome == "ok":
-                continue
-            reason = record.reason.strip() or "no reason was recorded"
-            run = f", run {record.repeat + 1}" if len(row.records) > 1 else ""
-            lines.append(f"{_name(row)}{run}: {record.outcome}: {_one_line(reason)}{_filled_by(record.failure)}")
-    return lines + [f"A record cannot be read: {damage}" for damage in sheet.damaged]
+    lines = [f"{_capital(job_list([row]))}{words}" for row in sheet.rows for words in unmeasured_row(row)]
+    return lines + [f"A file cannot be read: {damage}" for damage in sheet.damaged]
+
+
+def unmeasured_row(row: Row) -> list[str]:
+    """Return outcome and reason of each run of a configuration that left no numbers of its own, and failed passes."""
+    runs: dict[str, list[str]] = {}
+    for record in row.records:
+        words = []
+        if record.outcome != "ok":
+            reason = _one_line(record.reason) or "no reason was recorded"
+            words.append(f"{record.outcome}: {reason}{_filled_by(row, record)}")
+        # Running out of memory is what a pass may have to look into.
+        words += [
+            f"its {name} pass: {one['outcome']}: {_one_line(str(one.get('reason') or ''))}"
+            for name, one in record.passes.items()
+            if one["outcome"] not in {"ok", "oom"}
+        ]
+        for told in words:
+            runs.setdefault(told, []).append(str(record.repeat + 1))
+    has_repeats = len(row.records) > 1
+    return [
+        f", {'runs' if numbers[1:] else 'run'} {word_list(numbers)}: {told}" if has_repeats else f": {told}"
+        for told, numbers in runs.items()
+    ]
 
 
 def warnings(sheet: Sheet) -> list[str]:
     """Return the warnings of the measurements with their advice, equal ones once."""
-    jobs: dict[str, list[Row]] = {}
+    said = _Once()
     for row in sheet.rows:
         for record in row.records:
-            for warning in record.warnings:
-                advice = f" {warning['advice'].strip()}" if warning.get("advice") else ""
-                rows = jobs.setdefault(f"{_sentence(warning['text'])}{advice and ' ' + _sentence(advice)}", [])
-                if row not in rows:
-                    rows.append(row)
-    return [f"{_capital(job_list(rows))}: {words}" for words, rows in jobs.items()]
+            for words in record_warnings(record):
+                said.add(row, words)
+    return [f"{_capital(job_list(rows))}: {words}" for (words,), rows in said.rows.items()]
 
 
-def idle_knobs(sheet: Sheet) -> list[str]:
-    """Return the knobs that were set and did nothing, with the reason, equal ones once."""
-    jobs: dict[tuple[str, str], list[Row]] = {}
+def record_warnings(record: Record) -> list[str]:
+    """Return the warnings of one measurement with their advice."""
+    return [_with_advice(warning) for warning in (*record.warnings, *_from_numbers(record))]
+
+
+def without_effect(sheet: Sheet) -> list[str]:
+    """Return the knobs that did nothing: declared by the jobs with the reason, and found in pairs of jobs."""
+    said = _Once()
+    declared = set()
     for row in sheet.rows:
         for record in row.records:
             for knob, reason in record.idle_knobs.items():
-                rows = jobs.setdefault((knob, reason), [])
-                if row not in rows:
-                    rows.append(row)
-    return [f"{knob} changed nothing in {job_list(rows)}, because {reason}." for (knob, reason), rows in jobs.items()]
-
-
-def _effect(sheet: Sheet, knob: str, value: str, base: str) -> Effect:
-    def rest(row: Row) -> Mapping[str, str]:
-        return {name: text for name, text in row.axes.items() if name != knob}
-
-    pairs = [
-        (row, other)
-        for row, other in product(sheet.measured, repeat=2)
-        if row.axes.get(knob) == value and other.axes.get(knob) == base and rest(row) == rest(other)
+                declared.add((knob, row.number))
+                said.add(row, knob, reason)
+    found = [
+        effect.sentence()
+        for effect in effects(sheet)
+        if effect.is_nothing and not all((effect.knob, row.number) in declared for row, _ in effect.pairs)
     ]
-
-    def changes(metric: str) -> Iterator[float]:
-        for row, other in pairs:
-            change = difference_pct(row.value(metric), other.value(metric))
-            if change is not None:
-                yield change
-
-    peak, step = tuple(changes(PEAK_ALLOCATED)), tuple(changes(sheet.step_metric))
-    phases = {phase: tuple(changes(f"memory/peak/{phase}/allocated_bytes")) for phase in _AT_WORK}
-    changed = {phase: values for phase, values in phases.items() if _range(values) not in {"unknown", "unchanged"}}
-    return Effect(knob=knob, value=value, instead_of=base, peak_pct=peak, step_pct=step, phase_pct=changed)
+    return [
+        f"{knob} changed nothing in {job_list(rows)}, because {reason}." for (knob, reason), rows in said.rows.items()
+    ] + found
 
 
-def _best(rows: list[Row], metric: str, tie_pct: float) -> list[Row]:
+def checks(records: Iterable[Record]) -> list[str]:
+    """Return what the checks before the sweep said: those with trouble in full, the others by name, each once."""
+    told = checks_in_full(records)
+    passed = list(dict.fromkeys(name for name, state, _ in told if state == "ok"))
+    lines = [f"{name}: {state}: {words}" for name, state, words in told if state != "ok"]
+    return lines + ([f"In order: {word_list(passed)}."] if passed else [])
+
+
+def checks_in_full(records: Iterable[Record]) -> list[tuple[str, str, str]]:
+    """Return name, state and words of each check, each once."""
+    return list(
+        dict.fromkeys((one["name"], one["state"], _with_advice(one)) for record in records for one in record.checks)
+    )
+
+
+class _Once:
+    """Collects words, and for which rows they hold."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, ...], list[Row]] = {}
+
+    def add(self, row: Row, *words: str) -> None:
+        """Note that these words hold for a row, too."""
+        rows = self.rows.setdefault(words, [])
+        if row not in rows:
+            rows.append(row)
+
+
+def _from_numbers(record: Record) -> list[Mapping[str, str]]:
+    """Return warnings that follow from a record's metrics, unless the job itself has given them."""
+    found: list[Mapping[str, str]] = []
+    retries = record.metrics.get("memory/num_alloc_retries", 0)
+    if retries > 0:
+        times = "once" if retries == 1 else f"{retries:g} times"
+        found.append(
+            {
+                "code": "alloc_retries",
+                "text": f"the allocator ran into the card's limit {times}, gave memory back and tried again",
+                "advice": "its reserved peak is capped by the card and not comparable with others, its time is longer",
+            }
+        )
+    fluctuation = record.metrics.get("memory/fluctuation_pct", 0.0)
+    if fluctuation > _NOTABLE_FLUCTUATION_PCT:
+        found.append(
+            {
+                "code": "fluctuation",
+                "text": f"the peaks of the steps after the first differ by {fluctuation:.1f} %",
+                "advice": "steps do the same work, so see in steps.png whether something is kept from step to step",
+            }
+        )
+    given = {warning.get("code") for warning in record.warnings}
+    return [warning for warning in found if warning["code"] not in given]
+
+
+def _best(rows: list[Row], metric: str, are_apart: Callable[[Spread, Spread], bool]) -> list[Row]:
     """Return the row with the smallest value first, then those that are as good as it."""
-    with_value = [(value, row) for row in rows if (value := row.value(metric)) is not None]
-    if not with_value:
+    spreads = [(row, spread) for row in rows if (spread := row.spread(metric))]
+    if not spreads:
         return []
-    smallest, best = min(with_value, key=lambda pair: pair[0])
-    ties = [row for value, row in with_value if row is not best and value <= smallest * (1 + tie_pct / 100)]
-    return [best, *ties]
+    best, smallest = min(spreads, key=lambda pair: pair[1].middle)
+    return [best, *(row for row, spread in spreads if row is not best and not are_apart(spread, smallest))]
 
 
-def _ties(rows: list[Row], tie_pct: float) -> str:
-    if not rows:
+def _are_peaks_apart(new: Spread, old: Spread) -> bool:
+    return new.middle > old.middle * (1 + _MEMORY_TIE_PCT / 100)
+
+
+def _noise(rows: list[Row]) -> str:
+    has_repeats = any(len(row.measured) > 1 for row in rows)
+    return "as fast within the spread of repeats" if has_repeats else f"within {NOISE_PCT:g} %"
+
+
+def _ties(rows: list[Row], how: str) -> str:
+    """Return who is as good as the first of the rows."""
+    if not rows[1:]:
         return ""
-    numbers = job_list(rows) if len(rows) > 1 else f"job {rows[0].number}"
-    return f"; {numbers} {'are' if len(rows) > 1 else 'is'} within {tie_pct:g} %"
+    numbers = [str(row.number) for row in rows[1:]]
+    return f"; {'jobs' if rows[2:] else 'job'} {word_list(numbers)} {'are' if rows[2:] else 'is'} {how}"
 
 
-def _range(changes: tuple[float, ...]) -> str:
-    if not changes:
-        return "unknown"
-    if max(map(abs, changes)) < _NO_CHANGE_PCT:
-        return "unchanged"
-    low, high = f"{min(changes):+.1f}", f"{max(changes):+.1f}"
-    return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def _filled_by(failure: Mapping[str, object] | None) -> str:
-    """Return which weights lay on the device when a job failed, as far as it told."""
-    residents = (failure or {}).get("resident_components_bytes")
+def _filled_by(row: Row, record: Record) -> str:
+    """Return what lay on the device when a job ran out of memory: by name if a pass looked into it, else weights."""
+    if record.outcome == "oom" and row.attribution and row.attribution.oom:
+        return f"; run again to look into it: {oom_contents(row.attribution.oom)}"
+    residents = (record.failure or {}).get("resident_components_bytes")
     if not isinstance(residents, dict) or not residents:
         return ""
     parts = ", ".join(f"{part} {format_bytes(value)}" for part, value in residents.items())
     return f" (weights on the device then: {parts})"
 
 
-def _name(row: Row) -> str:
-    return _capital(job_list([row]))
-
-
-def _bytes(row: Row, metric: str) -> str:
-    return format_bytes(row.value(metric) or 0)
-
-
-def _seconds(row: Row, metric: str) -> str:
-    return format_seconds(row.value(metric) or 0)
+def _with_advice(told: Mapping[str, str]) -> str:
+    """Return text and advice of a warning or a check as sentences."""
+    advised = f" {_capital(_sentence(told['advice']))}" if told.get("advice") else ""
+    return f"{_sentence(told['text'])}{advised}"
 
 
 def _capital(words: str) -> str:

@@ -1,4 +1,4 @@
-"""Where the names of points go so that none covers another name or a point."""
+"""Where names go so that none covers another: around points, and side by side."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +49,41 @@ def place(
         placed.append(best)
         taken.append(best)
     return placed
+
+
+def side_by_side(centres: Sequence[float], widths: Sequence[float], low: float, high: float) -> list[float]:
+    """Return where the middles of labels in one line go: as near as may be to where they belong, none over another.
+
+    Args:
+        centres: where each label belongs, in ascending order.
+        widths: of each label, the distance to its neighbours included.
+        low: where the line begins.
+        high: where it ends; labels that do not fit go beyond.
+    """
+    groups: list[list[int]] = []
+    starts: list[float] = []
+    for index in range(len(centres)):
+        groups.append([index])
+        starts.append(_start(groups[-1], centres, widths, low, high))
+        while len(groups) > 1 and starts[-2] + sum(widths[one] for one in groups[-2]) > starts[-1]:
+            groups[-2:] = [groups[-2] + groups[-1]]
+            starts[-2:] = [_start(groups[-1], centres, widths, low, high)]
+    middles = []
+    for group, start in zip(groups, starts, strict=True):
+        left = start
+        for one in group:
+            middles.append(left + widths[one] / 2)
+            left += widths[one]
+    return middles
+
+
+def _start(group: Sequence[int], centres: Sequence[float], widths: Sequence[float], low: float, high: float) -> float:
+    """Return where a run of labels that touch each other begins, so that they are nearest to their places."""
+    total, shift = 0.0, 0.0
+    for one in group:
+        shift += centres[one] - total - widths[one] / 2
+        total += widths[one]
+    return max(low, min(shift / len(group), high - total))
 
 
 def _candidates(point: tuple[float, float], size: tuple[float, float], radius: float) -> Iterator[Box]:

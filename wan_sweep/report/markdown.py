@@ -1,77 +1,55 @@
 """report.md: the table, the pictures and the sentences of one sweep."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from wan_sweep.record import Record
 from wan_sweep.report.cells import Column, columns_of
+from wan_sweep.report.facts import facts, title
+from wan_sweep.report.findings import sections
+from wan_sweep.report.pictures import Picture
 from wan_sweep.report.reproduce import commands
 from wan_sweep.report.sheet import Sheet
-from wan_sweep.report.text_table import sections
-
-_MACHINE = ("gpu", "driver", "cpu", "cpu_cores", "allocator")
-_SOFTWARE = ("torch", "cuda", "cudnn", "python")
+from wan_sweep.report.text_table import mode_title
+from wan_sweep.store import TIMELINE_FILE
 
 
-def markdown_text(sheet: Sheet, pictures: Sequence[tuple[str, str]]) -> str:
-    """Return the report.
-
-    Args:
-        sheet: the sweep.
-        pictures: file name and caption of each picture beside the report.
-    """
-    records = sheet.records
-    first, *others = sections(sheet)
-    parts = [
-        [f"# {_title(sheet)}"],
-        [_facts(records)] if records else [],
-        [_table(columns_of(sheet))] if records else [],
-        [_escaped(line) for line in first[1]],
-        [f"![{caption}]({name})" for name, caption in pictures],
-    ]
-    for title, lines in others:
-        parts += [[f"## {title}"], ["\n".join(f"- {_escaped(line)}" for line in lines)]]
-    asked = commands(sheet)
+def markdown_text(parts: Sequence[tuple[Sheet, Sequence[Picture]]]) -> str:
+    """Return the report: a part for each mode, with the pictures beside the report."""
+    sheets = [sheet for sheet, _ in parts]
+    has_modes = len(parts) > 1
+    blocks = [f"# {title(sheets)}"]
+    told = facts(sheets)
+    if told:
+        blocks.append("\n".join(f"- {name}: {f'`{words}`' if name == 'Sweep' else words}" for name, words in told))
+    for sheet, pictures in parts:
+        if has_modes:
+            blocks.append(f"## {mode_title(sheet)}")
+        blocks += _part(sheet, pictures, heading="###" if has_modes else "##")
+    asked = [command for sheet in sheets for command in commands(sheet)]
     if asked:
-        parts += [["## The same again"], ["```bash\n" + "\n".join(asked) + "\n```"]]
-    return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"
+        blocks += ["## The same again", "```bash\n" + "\n".join(asked) + "\n```"]
+    return "\n\n".join(blocks) + "\n"
 
 
-def _title(sheet: Sheet) -> str:
-    records = sheet.records
-    name = records[0].sweep_name if records else sheet.folder.name
-    number = len(sheet.rows)
-    return f"Sweep {name}: {number} configuration{'s' if number != 1 else ''}"
+def _part(sheet: Sheet, pictures: Sequence[Picture], *, heading: str) -> list[str]:
+    first, *others = sections(sheet)
+    blocks = [_table(columns_of(sheet))] if sheet.rows else []
+    blocks += [_escaped(line) for line in first.lines]
+    blocks += [f"![{_escaped(picture.caption)}]({picture.name})" for picture in pictures]
+    blocks += _own_timelines(sheet)
+    for section in others:
+        blocks += [f"{heading} {section.title}", "\n".join(f"- {_escaped(line)}" for line in section.lines)]
+    return blocks
 
 
-def _facts(records: Sequence[Record]) -> str:
-    """Return what the numbers hold for, one line each: when, model, machine, software, weights."""
-    first = records[0]
-    moments = sorted(record.started_at for record in records if record.started_at)
-    models = _each(str(record.knobs.get("model", "")) for record in records)
-    workload = [
-        f"{name} {first.knobs[name]}" for name in ("size", "frame_num", "sample_steps") if first.knobs.get(name)
+def _own_timelines(sheet: Sheet) -> list[str]:
+    """Return links to the timelines of single jobs."""
+    links = [
+        f"[{record.number}]({Path(record.name, TIMELINE_FILE).as_posix()})"
+        for record in sheet.records
+        if (sheet.folder / record.name / TIMELINE_FILE).exists()
     ]
-    if any(record.knobs.get(name) != first.knobs.get(name) for record in records for name in ("size", "frame_num")):
-        workload = []
-    lines = [
-        f"- Sweep: `{first.sweep_id}`" + (f", started {moments[0][:19].replace('T', ' ')} UTC" if moments else ""),
-        f"- Model: {', '.join([models, *workload])}",
-        f"- Weights: {_each(record.weights for record in records)}",
-        f"- Machine: {_environment(records, _MACHINE)}",
-        f"- Software: {_environment(records, _SOFTWARE)}, wan-sweep code {_each(one.code_version for one in records)}"
-        + (f", commit {commit[:12]}" if (commit := first.environment.get("git_commit", "")) else ""),
-        f"- Mode: {_each(record.mode for record in records)}",
-    ]
-    return "\n".join(lines)
-
-
-def _environment(records: Sequence[Record], names: Sequence[str]) -> str:
-    values = ((name, _each(record.environment.get(name, "") for record in records)) for name in names)
-    return ", ".join(f"{name} {value}" for name, value in values if value) or "unknown"
-
-
-def _each(values: Iterable[str]) -> str:
-    return " / ".join(dict.fromkeys(value for value in values if value))
+    return [f"Timelines of single jobs, with what came to the device and left it: {', '.join(links)}."] if links else []
 
 
 def _table(columns: Sequence[Column]) -> str:
@@ -95,5 +73,6 @@ def _table(columns: Sequence[Column]) -> str:
 
 
 def _escaped(words: str) -> str:
-    """Return text in which Markdown finds nothing to interpret."""
-    return "".join(f"\\{sign}" if sign in "|*<_`" else sign for sign in words)
+    """Return text in which Markdown finds nothing to interpret; a single ~ strikes nothing through."""
+    special = "\\|*<_`[]" + ("~" if words.count("~") > 1 else "")
+    return "".join(f"\\{sign}" if sign in special else sign for sign in words)

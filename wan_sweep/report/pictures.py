@@ -1,7 +1,8 @@
-"""The pictures of a sweep: peaks as stacked bars, memory against time, memory and time by step."""
+"""The pictures of a sweep: peaks as stacked bars, memory against time, timelines, memory and time by step."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wan_sweep.report.bars import Bar, bars_of
 from wan_sweep.report.canvas import (
@@ -12,32 +13,57 @@ from wan_sweep.report.canvas import (
     clean_value_axis,
     entitle,
     in_unit,
+    line_style,
+    name_lines,
+    part_colour,
     picture,
+    room_below,
+    wrapped,
 )
 from wan_sweep.report.labels import Box, place
+from wan_sweep.report.overlay import Timelines, draw_timelines
 from wan_sweep.report.pareto import pareto_front
-from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, difference_pct, job_list
+from wan_sweep.report.sheet import LIBRARIES, MODES, PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, difference_pct, job_list
 from wan_sweep.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _BAR_INCHES = 0.42
+_LABEL_CHARACTERS = 38
 _MARKER_POINTS = 8.0
 _NAMED_IN_PLACE = 6
+_PARTS_PER_LINE = 6
+_LEVEL_PCT = 1.0
 
 
-def draw_all(sheet: Sheet) -> list[tuple[str, str]]:
-    """Draw what the records allow; returns file name and caption of each picture."""
-    drawn = []
+class Picture(NamedTuple):
+    """A file beside the report, and what it shows."""
+
+    name: str
+    caption: str
+
+
+def draw_all(sheet: Sheet, timelines: Timelines = ()) -> list[Picture]:
+    """Draw what the records of one mode allow, and the timelines that there are."""
+    suffix = "" if sheet.mode == MODES[0] else f"_{sheet.mode}"
     with_peak = [row for row in sheet.measured if row.value(PEAK_ALLOCATED)]
+    drawn = []
+
+    def draw(name: str, action: Callable[[Path], str]) -> None:
+        path = sheet.folder / f"{name}{suffix}.png"
+        drawn.append(Picture(path.name, action(path)))
+
     if with_peak:
-        drawn.append(("peak_memory.png", draw_peaks(sheet, sheet.folder / "peak_memory.png")))
+        draw("peak_memory", lambda path: draw_peaks(sheet, path))
     if any(row.value(TOTAL_SECONDS) for row in with_peak):
-        drawn.append(("memory_time.png", draw_memory_time(sheet, sheet.folder / "memory_time.png")))
+        draw("memory_time", lambda path: draw_memory_time(sheet, path))
+    if timelines:
+        draw("timelines", lambda path: draw_timelines(sheet, timelines, path))
     if any(_series(row, "step/allocated_bytes") for row in sheet.measured):
-        drawn.append(("steps.png", draw_steps(sheet, sheet.folder / "steps.png")))
+        draw("steps", lambda path: draw_steps(sheet, path))
     return drawn
 
 
@@ -45,12 +71,14 @@ def draw_peaks(sheet: Sheet, path: Path) -> str:
     """Draw a bar per configuration: weights by component, activations, and what was reserved as an outline."""
     bars = bars_of(sheet)
     unit, title = _unit(sheet), _peaks_title(sheet)
-    with picture(path, 9.0, 1.75 + _BAR_INCHES * len(bars)) as figure:
+    labels = [wrapped(bar.label, _LABEL_CHARACTERS) for bar in bars]
+    spacing = 1.0 if max(label.count("\n") for label in labels) < 2 else 1.35
+    with picture(path, 9.0, 1.75 + _BAR_INCHES * spacing * len(bars)) as figure:
         axes = figure.add_subplot()
         largest = max(in_unit(max(bar.height, bar.reserved), is_in_gib=sheet.is_in_gib) for bar in bars)
         for place_of_bar, bar in enumerate(bars):
             _draw_bar(axes, place_of_bar, bar, largest, is_in_gib=sheet.is_in_gib)
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set_yticks(range(len(bars)), labels, fontsize=8.8 if any("\n" in label for label in labels) else None)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(right=largest * 1.2)
@@ -70,9 +98,11 @@ def draw_memory_time(sheet: Sheet, path: Path) -> str:
     ]
     front = pareto_front(points)
     title = _front_title(rows, front)
+    names = [wrapped(f"{row.number}  {row.label}", _LABEL_CHARACTERS) for row in rows]
+    is_named_in_place = len(rows) <= _NAMED_IN_PLACE
     from matplotlib.lines import Line2D
 
-    with picture(path, 8.4, 5.4) as figure:
+    with picture(path, 8.4 if is_named_in_place else 9.4, 5.4 + room_below(names)) as figure:
         axes = figure.add_subplot()
         if len(front) > 1:
             xs, ys = [points[index][0] for index in front], [points[index][1] for index in front]
@@ -96,29 +126,30 @@ def draw_memory_time(sheet: Sheet, path: Path) -> str:
         axes.set_xlabel("time of the whole job [s]")
         axes.set_ylabel(f"peak of allocated device memory [{_unit(sheet)}]")
         entitle(figure, title)
-        if len(rows) > _NAMED_IN_PLACE:
-            names = [Line2D([], [], linestyle="none", label=f"{row.number}  {row.label}") for row in rows]
-            figure.legend(handles=names, loc="outside right center", handlelength=0, handletextpad=0, fontsize=9)
-        _name_points(figure, axes, points, [_point_name(row, len(rows)) for row in rows])
+        if not is_named_in_place:
+            handles = [Line2D([], [], linestyle="none", label=name) for name in names]
+            name_lines(figure, handles, handlelength=0, handletextpad=0)
+        in_place = [f"{row.number}  {row.label}" if is_named_in_place else str(row.number) for row in rows]
+        _name_points(figure, axes, points, in_place)
     return title
 
 
 def draw_steps(sheet: Sheet, path: Path) -> str:
     """Draw the peak of allocated memory, and the seconds, of each denoising step."""
     rows = [row for row in sheet.measured if _series(row, "step/allocated_bytes")]
-    title = "Memory and time of each denoising step"
-    with picture(path, 9.0, 6.0) as figure:
+    title = _steps_title(rows)
+    names = [wrapped(f"{row.number}  {row.label}", _LABEL_CHARACTERS) for row in rows]
+    with picture(path, 9.4, 6.0 + room_below(names)) as figure:
         memory, seconds = figure.subplots(2, 1, sharex=True)
+        handles: list[Line2D] = []
         for index, row in enumerate(rows):
-            place_in_sweep = row.number - 1  # the colours are those of the runs in MLflow
-            colour = PALETTE[place_in_sweep % len(PALETTE)]
-            dashes = ("-", "--", ":", "-.")[place_in_sweep // len(PALETTE) % 4]
             allocated = [in_unit(value, is_in_gib=sheet.is_in_gib) for value in _series(row, "step/allocated_bytes")]
             steps = range(1, len(allocated) + 1)
             # Lines that coincide are drawn ever thinner on top of each other, so that each is seen.
-            width = 1.5 + (len(rows) - 1 - index) * min(1.6, 7.0 / len(rows))
+            width = 1.3 + (len(rows) - 1 - index) * min(1.6, 4.5 / len(rows))
+            colour, dashes = line_style(row.number)
             style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": width + 2, "linewidth": width}
-            memory.plot(steps, allocated, label=f"{row.number}  {row.label}", **style)
+            handles += memory.plot(steps, allocated, label=names[index], **style)
             durations = _series(row, "step/seconds")
             seconds.plot(range(1, len(durations) + 1), durations, **style)
         for axes, label in ((memory, f"peak allocated [{_unit(sheet)}]"), (seconds, "duration [s]")):
@@ -129,7 +160,7 @@ def draw_steps(sheet: Sheet, path: Path) -> str:
         seconds.set_xlabel("denoising step")
         seconds.xaxis.get_major_locator().set_params(integer=True)
         entitle(figure, title)
-        figure.legend(loc="outside right center", fontsize=9.5)
+        name_lines(figure, handles, handlelength=3.2)
     return title
 
 
@@ -143,7 +174,7 @@ def _draw_bar(axes: "Axes", position: int, bar: Bar, largest: float, *, is_in_gi
     start = 0.0
     for part, num_bytes in bar.parts:
         length = in_unit(num_bytes, is_in_gib=is_in_gib)
-        axes.barh(position, length, left=start, height=0.62, color=PART_COLOURS[part], linewidth=0)
+        axes.barh(position, length, left=start, height=0.62, color=part_colour(part), linewidth=0)
         start += length
     reserved = in_unit(bar.reserved, is_in_gib=is_in_gib)
     if reserved > start:
@@ -158,14 +189,15 @@ def _draw_bar_legend(axes: "Axes", bars: list[Bar]) -> None:
 
     shown = {part for bar in bars for part, _ in bar.parts}
     handles = [
-        Patch(color=colour, label=part if part == "activations" else f"{part} weights")
+        Patch(color=colour, label=part if part in {"activations", LIBRARIES} else f"{part} weights")
         for part, colour in PART_COLOURS.items()
         if part in shown
     ]
     handles.append(Patch(facecolor="none", edgecolor=INK, label="reserved, not allocated"))
     if any(bar.gap for bar in bars):
         handles.append(Patch(facecolor="none", edgecolor="#D0D0D0", hatch="///", label="not measured"))
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, columnspacing=1.3)
+    ncols = len(handles) if len(handles) <= _PARTS_PER_LINE else -(-len(handles) // 2)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=9, columnspacing=1.3)
 
 
 def _name_points(figure: "Figure", axes: "Axes", points: list[tuple[float, float]], names: list[str]) -> None:
@@ -204,10 +236,6 @@ def _time_range(seconds: list[float]) -> tuple[float, float]:
     return max(0.0, middle - 0.9 * span), middle + 0.9 * span
 
 
-def _point_name(row: Row, number_of_points: int) -> str:
-    return str(row.number) if number_of_points > _NAMED_IN_PLACE else f"{row.number}  {row.label}"
-
-
 def _unit(sheet: Sheet) -> str:
     return "GiB" if sheet.is_in_gib else "MiB"
 
@@ -234,6 +262,23 @@ def _front_title(rows: list[Row], front: list[int]) -> str:
         return "Memory against time: every configuration is on the Pareto front"
     numbers = job_list([rows[index] for index in sorted(front)])
     return f"Memory against time: {numbers} are on the Pareto front"
+
+
+def _steps_title(rows: list[Row]) -> str:
+    """Return whether memory is level from step to step; the first one, which warms up, left out."""
+    worst = max(rows, key=_unevenness)
+    if _unevenness(worst) > _LEVEL_PCT:
+        return f"The peaks of job {worst.number}'s steps differ by {_unevenness(worst):.1f} % after the first step"
+    if all(len(_series(row, "step/allocated_bytes")) > 2 for row in rows):
+        return f"After the first, all steps of a job have the same peak within {_LEVEL_PCT:g} %"
+    return "Memory and time of each denoising step"
+
+
+def _unevenness(row: Row) -> float:
+    """Return how far the peaks of the steps after the first lie apart, in percent of the largest."""
+    peaks = _series(row, "step/allocated_bytes")[1:]
+    largest = max(peaks, default=0.0)
+    return 100 * (largest - min(peaks)) / largest if largest else 0.0
 
 
 def _series(row: Row, name: str) -> list[float]:

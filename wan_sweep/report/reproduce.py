@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
+from wan_sweep.record import Record
 from wan_sweep.report.sheet import Sheet
 from wan_sweep.schema import KNOBS, Scalar, text
 
@@ -21,10 +22,13 @@ def commands(sheet: Sheet) -> list[str]:
     if prod(len(values) for values in axes.values()) == len(rows):
         swept = [f"{knob}={','.join(values)}" for knob, values in axes.items()]
         return [_command(swept, _unusual(rows[0].knobs, axes), is_sweep=len(rows) > 1)]
-    return [
-        _command([f"{knob}={_value(value)}" for knob, value in row.overrides.items()], _unusual(row.knobs, axes))
-        for row in rows
-    ]
+    return [command_of(row) for row in rows]
+
+
+def command_of(record: Record) -> str:
+    """Return the command that asks for one job again."""
+    swept = [f"{knob}={_value(value)}" for knob, value in record.overrides.items()]
+    return _command(swept, _unusual(record.knobs, record.overrides))
 
 
 def _command(swept: Sequence[str], unusual: Sequence[str], *, is_sweep: bool = False) -> str:

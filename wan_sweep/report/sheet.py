@@ -2,51 +2,78 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 from wan_sweep.errors import RecordError
 from wan_sweep.record import RECORD_FILE, Record, load_record
+from wan_sweep.report.attribution import Attribution, read_attribution
 from wan_sweep.schema import text
+from wan_sweep.store import ATTRIBUTION
 from wan_sweep.units import GIB
 
 PEAK_ALLOCATED = "memory/peak/allocated_bytes"
 PEAK_RESERVED = "memory/peak/reserved_bytes"
+PROCESS_USED = "memory/peak/process_used_bytes"
+OUTSIDE_ALLOCATOR = "memory/outside_allocator_bytes"
 TOTAL_SECONDS = "time/total_s"
 STEP_SECONDS = "time/step_s"
 FIRST_STEP_SECONDS = "time/first_step_s"
 COMPONENTS = ("t5", "clip", "dit", "vae")
+LIBRARIES = "libraries"
+ACTIVATIONS = "activations"
 PHASES = ("load", "encode_text", "encode_image", "denoise", "decode", "save")
+MODES = ("measure", "estimate")
 
 _GIB_ABOVE_BYTES = 10 * GIB
 
 
+def phase_peak(phase: str) -> str:
+    """Return the name of the metric that holds a phase's peak of allocated memory."""
+    return f"memory/peak/{phase}/allocated_bytes"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Middle, smallest and largest of a metric over the repeats; bytes or seconds, as the metric is."""
+    """Middle, smallest and largest of a metric over so many repeats; bytes or seconds, as the metric is."""
 
     middle: float
     low: float
     high: float
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether the repeats differ at all."""
-        return self.high > self.low
+    num: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One configuration and the records of all its repeats, by job number."""
+    """One configuration and the records of all its repeats, by job number.
+
+    Args:
+        records: at least one.
+        folder: that of the sweep.
+        attribution: what filled the device at its peaks, if a pass looked into that.
+    """
 
     records: tuple[Record, ...]
+    folder: Path
+    attribution: Attribution | None = None
 
     @property
     def number(self) -> int:
         """Number of its first job; what the report calls the configuration by."""
         return self.records[0].number
+
+    @property
+    def mode(self) -> str:
+        """Whether its numbers are measured or estimated."""
+        return self.records[0].mode
+
+    @property
+    def knobs(self) -> Mapping[str, object]:
+        """All its knobs, as they were resolved."""
+        return self.records[0].knobs
 
     @property
     def axes(self) -> Mapping[str, str]:
@@ -58,7 +85,8 @@ class Row:
         """What differs, short: words alone, switches and numbers with their knob."""
         record = self.records[0]
         words = [
-            value if isinstance(value, str) else f"{knob}={text(value)}" for knob, value in record.overrides.items()
+            shortened(value) if isinstance(value, str) else f"{knob}={text(value)}"
+            for knob, value in record.overrides.items()
         ]
         return " ".join(words) or text(record.knobs.get("model")) or record.name
 
@@ -74,10 +102,18 @@ class Row:
         kinds = list(dict.fromkeys(outcomes))
         return kinds[0] if len(kinds) == 1 else ", ".join(f"{outcomes.count(kind)} {kind}" for kind in kinds)
 
+    def find(self, name: str) -> Path | None:
+        """Return the file of this name in the folder of one of its jobs, or of the job that was taken over."""
+        for record in self.measured or self.records:
+            for folder in (self.folder / record.name, Path(record.measured_in) if record.measured_in else None):
+                if folder and (folder / name).is_file():
+                    return folder / name
+        return None
+
     def spread(self, metric: str) -> Spread | None:
         """Return a metric over the measured repeats; None where none has it."""
         values = [float(record.metrics[metric]) for record in self.measured if metric in record.metrics]
-        return Spread(middle=median(values), low=min(values), high=max(values)) if values else None
+        return Spread(middle=median(values), low=min(values), high=max(values), num=len(values)) if values else None
 
     def value(self, metric: str) -> float | None:
         """Return the middle of a metric over the measured repeats."""
@@ -85,11 +121,14 @@ class Row:
         return spread.middle if spread else None
 
     @cached_property
+    def phase_peaks(self) -> Mapping[str, float]:
+        """The peak of allocated memory of each phase that took place, in bytes."""
+        return {phase: peak for phase in PHASES if (peak := self.value(phase_peak(phase)))}
+
+    @property
     def peak_phase(self) -> str | None:
         """The phase that holds the peak of allocated memory."""
-        peaks = {phase: self.value(f"memory/peak/{phase}/allocated_bytes") or 0.0 for phase in PHASES}
-        phase = max(peaks, key=lambda name: peaks[name])
-        return phase if peaks[phase] > 0 else None
+        return max(self.phase_peaks, key=lambda phase: self.phase_peaks[phase], default=None)
 
     def weights_at_peak(self) -> dict[str, float]:
         """Return the bytes of each component that lies on the device while the peak phase runs.
@@ -103,9 +142,24 @@ class Row:
         weights = {part: value for part, value in found.items() if value}
         return weights if sum(weights.values()) <= peak else {}
 
+    def parts_at_peak(self) -> dict[str, float]:
+        """Return what the peak is made of: weights by component, the libraries' workspaces, activations; bytes."""
+        weights = self.weights_at_peak()
+        rest = (self.value(PEAK_ALLOCATED) or 0.0) - sum(weights.values())
+        libraries = min(self.value(f"memory/base/{LIBRARIES}_bytes") or 0.0, rest)
+        return {**weights, **({LIBRARIES: libraries} if libraries else {}), ACTIVATIONS: rest - libraries}
+
     def base_bytes(self) -> float | None:
         """Return the bytes of the weights on the device in the peak phase; None where nothing was measured."""
         return sum(self.weights_at_peak().values()) if self.measured else None
+
+    def needed_bytes(self) -> float | None:
+        """Return what a card must be able to give to the process: the most over all repeats; None where not known."""
+        process = self.spread(PROCESS_USED)
+        if process:
+            return process.high
+        reserved, outside = self.spread(PEAK_RESERVED), self.spread(OUTSIDE_ALLOCATOR)
+        return reserved.high + outside.high if reserved and outside else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +169,7 @@ class Sheet:
     Args:
         folder: the sweep's folder.
         rows: one per configuration.
-        damaged: what is wrong with each record that cannot be read.
+        damaged: what is wrong with each file that cannot be read.
     """
 
     folder: Path
@@ -158,24 +212,51 @@ class Sheet:
         """Whether memory columns are in GiB rather than MiB; one unit for all."""
         return any((row.value(PEAK_ALLOCATED) or 0) > _GIB_ABOVE_BYTES for row in self.rows)
 
+    @property
+    def mode(self) -> str:
+        """The mode of its rows, after `by_mode`."""
+        return self.rows[0].mode if self.rows else MODES[0]
 
-def read_sheet(sweep_dir: Path) -> Sheet:
-    """Return the sweep in a folder; a damaged record is named, and the others are shown."""
+    def by_mode(self) -> list[Self]:
+        """Return a sheet for each mode, so that no measurement stands in one column with an estimate."""
+        modes = dict.fromkeys((*MODES, *(row.mode for row in self.rows)))
+        groups = [tuple(row for row in self.rows if row.mode == mode) for mode in modes]
+        parts = [replace(self, rows=rows) for rows in groups if rows] or [self]
+        return [parts[0], *(replace(part, damaged=()) for part in parts[1:])]
+
+
+def read_records(sweep_dir: Path) -> tuple[list[Record], list[str]]:
+    """Return the readable records of a sweep by job number, and what is wrong with the others."""
     records, damaged = [], []
     for path in sorted(sweep_dir.glob(f"*/{RECORD_FILE}")):
         try:
             records.append(load_record(path))
         except RecordError as error:
             damaged.append(str(error))
-    return Sheet(folder=sweep_dir, rows=tuple(group(records)), damaged=tuple(damaged))
+    return sorted(records, key=lambda record: (record.number, record.repeat)), damaged
 
 
-def group(records: Iterable[Record]) -> list[Row]:
-    """Return a row for each set of equal knobs, in the order of the first job of each."""
+def read_sheet(sweep_dir: Path) -> Sheet:
+    """Return the sweep in a folder; a damaged file is named, and the others are shown."""
+    records, damaged = read_records(sweep_dir)
+    rows = []
+    for row in group(records, sweep_dir):
+        path = row.find(ATTRIBUTION.result)
+        try:
+            rows.append(replace(row, attribution=read_attribution(path)) if path else row)
+        except RecordError as error:
+            damaged.append(str(error))
+            rows.append(row)
+    return Sheet(folder=sweep_dir, rows=tuple(rows), damaged=tuple(damaged))
+
+
+def group(records: Iterable[Record], folder: Path) -> list[Row]:
+    """Return a row for each set of equal knobs in one mode, in the order of the first job of each."""
     groups: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda one: (one.number, one.repeat)):
-        groups.setdefault(json.dumps(dict(record.knobs), sort_keys=True, default=str), []).append(record)
-    return [Row(records=tuple(members)) for members in groups.values()]
+    for record in records:
+        identity = [record.mode, dict(record.knobs)]
+        groups.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(record)
+    return [Row(records=tuple(members), folder=folder) for members in groups.values()]
 
 
 def difference_pct(value: float | None, reference: float | None) -> float | None:
@@ -189,8 +270,17 @@ def job_list(rows: Sequence[Row]) -> str:
     """Return "job 2 (bf16)" or "jobs 1, 2 and 4" for running text."""
     if len(rows) == 1:
         return f"job {rows[0].number} ({rows[0].label})"
-    numbers = [str(row.number) for row in rows]
-    return f"jobs {', '.join(numbers[:-1])} and {numbers[-1]}"
+    return f"jobs {word_list([str(row.number) for row in rows])}"
+
+
+def shortened(words: str, width: int = 48) -> str:
+    """Return a text that is no longer than so many characters, such as the beginning of a prompt."""
+    return words if len(words) <= width else f"{words[: width - 3].rstrip()}..."
+
+
+def word_list(words: Sequence[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def _is_complete(record: Record) -> bool:

@@ -4,42 +4,52 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wan_sweep.report.cells import Column, columns_of
-from wan_sweep.report.findings import bottlenecks, effects, headline, idle_knobs, unmeasured, warnings
+from wan_sweep.report.findings import sections
 from wan_sweep.report.sheet import Sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_MODE_TITLES = {"measure": "Measured", "estimate": "Estimated"}
+
 _STYLES = {"ok": "green", "skipped": "cyan", "refused": "yellow", "oom": "magenta", "failed": "red", "timeout": "red"}
 _GAP = 2
+_MOST_LINES = 8
+
+
+def mode_title(sheet: Sheet) -> str:
+    """Return the heading of a sheet of one mode among others."""
+    return _MODE_TITLES.get(sheet.mode, sheet.mode)
 
 
 def print_sheet(sheet: Sheet, console: "Console") -> None:
-    """Print table and findings, no wider than the console as long as the least important columns can go."""
+    """Print tables and findings, no wider than the console as long as the least important columns can go."""
+    from rich.text import Text
+
+    parts = sheet.by_mode()
+    for part in parts:
+        if len(parts) > 1:
+            console.print(Text(f"{mode_title(part)}\n", style="bold underline"))
+        _print_part(part, console)
+        if part is not parts[-1]:
+            console.print()
+
+
+def _print_part(sheet: Sheet, console: "Console") -> None:
     from rich.padding import Padding
     from rich.text import Text
 
     console.print(_table(_that_fit(columns_of(sheet), console.width)), crop=False)
-    for title, lines in sections(sheet):
+    for section in sections(sheet):
         console.print()
-        if title:
-            console.print(Text(title, style="bold"))
+        if section.title:
+            console.print(Text(section.title, style="bold"))
+        lines = section.lines[:_MOST_LINES] if section.may_be_cut else section.lines
         for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2 if title else 0), expand=False))
-
-
-def sections(sheet: Sheet) -> list[tuple[str, list[str]]]:
-    """Return the findings under their titles; empty ones are left out, the first needs no title."""
-    found = [
-        ("", headline(sheet)),
-        ("Where the peaks come from", bottlenecks(sheet)),
-        ("What each knob changes", [effect.sentence() for effect in effects(sheet)]),
-        ("Not measured here", unmeasured(sheet)),
-        ("Warnings", warnings(sheet)),
-        ("Without effect", idle_knobs(sheet)),
-    ]
-    return [(title, lines) for title, lines in found if lines]
+            console.print(Padding(Text(line), (0, 0, 0, 2 if section.title else 0), expand=False))
+        if len(lines) < len(section.lines):
+            console.print(Text(f"  and {len(section.lines) - len(lines)} more in report.md"))
 
 
 def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:

@@ -20,8 +20,18 @@ _METRICS_PER_CALL = 1000
 _ENTRIES_PER_CALL = 100
 _NOTE_CHARACTERS = 7500  # MLflow cuts a tag at 8000
 _LARGEST_FILE_BYTES = 64 * 2**20
-_JOB_FILES = ("config.yaml", "record.json", "log*.txt", "*.png", "memory_events.json", "trace*", "snapshot*", "video.*")
-_SWEEP_FILES = ("results.csv", "report.md", "*.png")
+_JOB_FILES = (
+    "config.yaml",
+    "record.json",
+    "log*.txt",
+    "*.png",
+    "memory_events.json",
+    "attribution.json",
+    "trace*",
+    "snapshot*",
+    "video*.mp4",
+)
+_SWEEP_FILES = ("results.csv", "report.md", "report.html", "*.png")
 _PICTURE = re.compile(r"^!\[.*\n?", re.MULTILINE)
 
 _Item = TypeVar("_Item")

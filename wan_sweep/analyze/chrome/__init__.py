@@ -1,0 +1,1 @@
+"""Chrome traces: what torch.profiler writes, and any other trace in that format."""

@@ -1,0 +1,108 @@
+"""The runs that a job is made of: one that is measured, and extra ones that record what a measured run must not."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from wan_sweep.compare import is_alone
+from wan_sweep.launch import Event, Limits, Result, launch
+from wan_sweep.memory_events import write_memory_events
+from wan_sweep.plan import Plan, PlannedJob
+from wan_sweep.schema import Job
+from wan_sweep.store import ATTRIBUTION, CONFIG_FILE, JOB_FILE, MEASURE, TRACE, Pass, write_config, write_json
+
+JOB_SCHEMA_VERSION = 2
+
+_PEAK = "memory/peak/allocated_bytes"
+
+
+def extra_passes(job: Job, measured: Result) -> list[Pass]:
+    """What else to run: who fills the device, if asked for or if it was full; a trace, if asked for."""
+    passes = []
+    was_full = measured.outcome == "oom" and bool(measured.measurement)
+    if was_full or (measured.outcome == "ok" and (job.profile_memory or job.snapshot)):
+        passes.append(ATTRIBUTION)
+    if measured.outcome == "ok" and job.trace:
+        passes.append(TRACE)
+    return passes
+
+
+class Passes:
+    """Runs the passes of the jobs of a sweep, each in its job's folder.
+
+    Args:
+        plan: of the sweep.
+        on_event: hears what the worker tells.
+    """
+
+    def __init__(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
+        self._plan = plan
+        self._on_event = on_event
+
+    def measure(self, entry: PlannedJob, command: Sequence[str]) -> Result:
+        """The pass that gives the numbers, and the document of its events."""
+        folder = self._plan.folder / entry.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / JOB_FILE, self._assignment(entry))
+            write_config(folder / CONFIG_FILE, entry.job.to_dict())
+            result = self._start(entry, MEASURE, command)
+        except OSError as error:
+            reason = f"the job could not be started: {error}; see that {folder} can be written and has space"
+            return Result(outcome="failed", reason=reason, failure={"kind": "folder", "where": str(folder)})
+        told = result.measurement.get("environment", {})
+        device = str(told.get("device") or self._plan.environment.get("gpu") or entry.job.device)
+        try:
+            write_memory_events(folder, {**self._identity(entry), "device": device})
+        except OSError as error:
+            warning = {
+                "code": "no_memory_events",
+                "text": f"memory_events.json could not be written: {error.strerror or error}",
+                "advice": f"{MEASURE.events} holds the same; make space",
+            }
+            return replace(result, warnings=(*result.warnings, warning))
+        return result
+
+    def run_again(self, entry: PlannedJob, one: Pass, measured: Result, command: Sequence[str]) -> dict[str, Any]:
+        """An extra pass, as the record keeps it; whatever goes wrong with it, the job's outcome stands."""
+        started = time.monotonic()
+        try:
+            result = self._start(entry, one, command)
+        except OSError as error:
+            return {"outcome": "failed", "reason": str(error), "seconds": time.monotonic() - started}
+        told = {"outcome": result.outcome, "reason": result.reason, "seconds": time.monotonic() - started}
+        if one is not ATTRIBUTION:
+            return {**result.measurement, **told}
+        peaks = result.measurement.get("peaks") or []
+        peak = measured.measurement.get("metrics", {}).get(_PEAK)
+        if peaks and peak is not None and measured.outcome == "ok":
+            return {**told, "peak_difference_bytes": peaks[0]["allocated_bytes"] - peak}
+        return told
+
+    def _start(self, entry: PlannedJob, one: Pass, command: Sequence[str]) -> Result:
+        job = entry.job
+        return launch(
+            self._plan.folder / entry.name,
+            limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
+            on_event=self._on_event,
+            command=command,
+            uses_gpu=job.device == "cuda",
+            one=one,
+        )
+
+    def _identity(self, entry: PlannedJob) -> dict[str, object]:
+        return {
+            "job": {"key": entry.key, "number": entry.number, "name": entry.name, "repeat": entry.repeat},
+            "sweep": {"name": self._plan.name, "id": self._plan.id, "folder": str(self._plan.folder)},
+        }
+
+    def _assignment(self, entry: PlannedJob) -> dict[str, object]:
+        others = [one.job.to_dict() for one in self._plan.own_jobs if one.number != entry.number]
+        is_known_to_be_alone = bool(self._plan.jobs) and is_alone(entry.job.to_dict(), others)
+        return {
+            "schema_version": JOB_SCHEMA_VERSION,
+            **self._identity(entry),
+            "knobs": entry.job.to_dict(),
+            "keeps_outputs": entry.job.fidelity and not is_known_to_be_alone,
+        }

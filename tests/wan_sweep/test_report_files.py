@@ -162,3 +162,11 @@ def test_the_barest_measurements_make_a_report(tmp_path: Path) -> None:
     assert "Least memory: job 1 (base\\_seed=1), peak 64.0 MiB allocated." in (tmp_path / "report.md").read_text(
         "utf-8"
     )
+
+
+def test_a_commit_whose_files_were_changed_is_named_so(tmp_path: Path) -> None:
+    one = record(1, {}, metrics_of(base={"dit": 2740}, activation=640))
+    one["environment"] = {**one["environment"], "git_dirty": "true"}
+    folder = write_sweep(tmp_path, one)
+    write_reports(folder)
+    assert "commit 1f0c2d3 with changes" in (folder / "report.md").read_text("utf-8")

@@ -52,10 +52,12 @@ def _workload(records: Sequence[Record]) -> list[str]:
 
 
 def _code(records: Sequence[Record]) -> list[str]:
-    commit = records[0].environment.get("git_commit", "")
+    environment = records[0].environment
+    commit = environment.get("git_commit", "")
+    changes = " with changes" if environment.get("git_dirty") == "true" else ""
     return [
         f"wan-sweep code {_each(one.code_version for one in records)}",
-        *([f"commit {commit[:12]}"] if commit else []),
+        *([f"commit {commit[:12]}{changes}"] if commit else []),
     ]
 
 

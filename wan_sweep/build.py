@@ -1,8 +1,8 @@
 """From a job to what wan21 takes: the one place where knobs get their meaning."""
 
-from typing import Literal
+from typing import Literal, cast
 
-from wan21.config import ModelSpec, Options, Request, make_request, model_spec
+from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
 from wan_sweep.schema import Job
 
 
@@ -50,6 +50,8 @@ def build_options(job: Job) -> Options:
         offload=job.offload,
         load_strategy=job.load_strategy,
         t5_cpu=job.t5_cpu,
+        kernels=cast("Kernels", job.kernels),
+        attention_kernel=cast("AttentionKernel", job.attention_kernel),
         attention_slices=slices,
         resident_gib=job.resident_gib,
         rows_at_once=job.rows_at_once,

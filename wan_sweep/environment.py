@@ -21,7 +21,7 @@ from wan_sweep.nvml import ProcessMemory as ProcessMemory  # noqa: PLC0414 - wor
 from wan_sweep.nvml import cuda_of_driver, handles, problem, session
 from wan_sweep.schema import digest
 
-_PACKAGES = ("torch", "numpy", "safetensors", "hydra-core", "omegaconf", "mlflow", "wan-sweep")
+_PACKAGES = ("torch", "triton", "fa3-fwd", "numpy", "safetensors", "hydra-core", "omegaconf", "mlflow", "wan-sweep")
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 # Folders whose code shapes no measurement: a better plot does not make an old number stale.
@@ -39,6 +39,11 @@ class Gpu:
     name: str
     total_bytes: int
     used_bytes: int
+    compute_capability: str = ""
+
+
+KERNEL_PACKAGES = ("triton", "fa3_fwd_interface")
+"""Modules of the packages that faster kernels need; looked for, not imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class Machine:
         driver_cuda: The newest CUDA that the driver supports.
         driver_problem: Why the driver, which is there, cannot be asked.
         torch_cuda: The CUDA that torch is built for: empty if without, None if that is not known.
+        packages: Those of KERNEL_PACKAGES that are installed.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -57,6 +63,7 @@ class Machine:
     driver_problem: str = ""
     torch_version: str = ""
     torch_cuda: str | None = None
+    packages: frozenset[str] = frozenset()
 
     @property
     def torch_has_cuda(self) -> bool:
@@ -87,6 +94,7 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:  # noqa: ANN401 - NVML's binding carrie
         name=str(nvml.nvmlDeviceGetName(handle)),
         total_bytes=int(memory.total),
         used_bytes=int(memory.used),
+        compute_capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
     )
 
 
@@ -102,6 +110,7 @@ def read_machine() -> Machine:
             driver_cuda=cuda_of_driver(nvml),
             torch_version=torch_version,
             torch_cuda=torch_cuda,
+            packages=frozenset(name for name in KERNEL_PACKAGES if importlib.util.find_spec(name)),
         )
 
 

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan21.config import ModelSpec, model_spec
+from wan21.config import ModelSpec, check_device, model_spec
 from wan21.errors import WanError
 from wan_sweep.build import build_options, build_request
 from wan_sweep.environment import Machine
@@ -33,10 +33,10 @@ def resolve(job: Job, machine: Machine) -> Resolved:
     """What the job is on this machine, or why it cannot be."""
     device = ("cuda" if machine.num_gpus else "cpu") if job.device == AUTO else job.device
     model = (GPU_DEFAULT_MODEL if device == "cuda" else CPU_DEFAULT_MODEL) if job.model == AUTO else job.model
-    job = job.replace(model=model, device=device, mode="measure")
+    job = _with_kernels(job.replace(model=model, device=device, mode="measure"), machine)
     try:
         request = build_request(job)
-        build_options(job)
+        check_device(build_options(job), device)
         job = job.replace(
             size=f"{request.shape.width}*{request.shape.height}",
             frame_num=request.shape.num_frames,
@@ -52,6 +52,18 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         return Resolved(job=job, weights=_check_checkpoint(job, model_spec(model)))
     except WanError as error:
         return Resolved(job=job, refusal=str(error))
+
+
+def _with_kernels(job: Job, machine: Machine) -> Job:
+    """The job with the best kernels that are there, where it leaves the choice."""
+    is_cuda = job.device == "cuda" and machine.num_gpus > 0
+    is_hopper = is_cuda and all(gpu.compute_capability.startswith("9.") for gpu in machine.gpus)
+    if job.kernels == AUTO:
+        job = job.replace(kernels="fused" if is_cuda and "triton" in machine.packages else "torch")
+    if job.attention_kernel == AUTO:
+        has_fa3 = is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
+        job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
+    return job
 
 
 def _words(numbers: list[int]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from wan21.config import MODELS, LoadStrategy, Precision, Solver
+from wan21.config import MODELS, AttentionKernel, Kernels, LoadStrategy, Precision, Solver
 
 Scalar = str | int | float | bool | None
 
@@ -73,6 +73,20 @@ class Job:
     ] = "full"
     offload: Annotated[bool, Rule(meaning="Each component leaves the device when its phase ends.")] = False
     t5_cpu: Annotated[bool, Rule(meaning="The text encoder runs on the CPU.")] = False
+    kernels: Annotated[
+        Literal["auto"] | Kernels,
+        Rule(
+            meaning="torch's operators, or fused kernels of our own between the DiT's products (GPU only); auto takes "
+            "those where they run."
+        ),
+    ] = "torch"
+    attention_kernel: Annotated[
+        Literal["auto"] | AttentionKernel,
+        Rule(
+            meaning="Kernel of the DiT's self attention; sdpa leaves the choice to torch, fa3 needs the package "
+            "fa3-fwd, auto takes the fastest that is there."
+        ),
+    ] = "sdpa"
     attention_slicing: Annotated[
         bool | int, Rule(meaning="Attention in slices: false, true (a fitting number), or the number.", at_least=1)
     ] = False

@@ -8,8 +8,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from wan21.config import ModelSpec, Options
+from wan21.attention import choose_attention
+from wan21.config import ModelSpec, Options, check_device
 from wan21.dit.model import Dit
+from wan21.dit.operations import FusedOperations, Operations
 from wan21.events import Observer, Span
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
 from wan21.memory.streaming import StreamPlan, stream
@@ -45,8 +47,23 @@ class Component(Generic[M]):
         return nullcontext() if self.parked is None else self.parked.brought_into(self.module)
 
 
+def make_operations(options: Options, device: torch.device) -> Operations:
+    """How the transformer's blocks are carried out.
+
+    Raises:
+        UsageError: a kernel that this device or number format does not have.
+    """
+    check_device(options, device.type)
+    attention = choose_attention(options.attention_kernel, device)
+    return Operations(attention) if options.kernels == "torch" else FusedOperations(attention)
+
+
 class Components:
-    """Loads components, each inside a span, and lets them go."""
+    """Loads components, each inside a span, and lets them go.
+
+    Raises:
+        UsageError: options that this device cannot follow.
+    """
 
     def __init__(
         self, spec: ModelSpec, options: Options, weights: Weights, runtime: Runtime, observer: Observer
@@ -56,6 +73,9 @@ class Components:
         self._weights = weights
         self._runtime = runtime
         self._observer = observer
+        self._operations = make_operations(options, runtime.device)
+        self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
+        runtime.empty_cache()
 
     def t5(self) -> Component[TextEncoder]:
         """The text encoder, on the CPU if t5_cpu."""
@@ -70,7 +90,7 @@ class Components:
     def dit(self) -> Component[Dit]:
         """The transformer."""
         with torch.device("meta"):
-            module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision])
+            module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
         if self._options.load_strategy == "full":
             return self._load("dit", module, self._weights.dit, self._runtime.device)
         return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)

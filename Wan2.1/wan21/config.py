@@ -15,10 +15,14 @@ from wan21.shapes import VideoShape, parse_size
 Precision = Literal["fp16", "bf16", "fp32"]
 LoadStrategy = Literal["full", "block", "part"]
 Solver = Literal["unipc", "dpm++"]
+Kernels = Literal["torch", "fused"]
+AttentionKernel = Literal["sdpa", "cudnn", "flash", "fa3"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 LOAD_STRATEGIES: tuple[str, ...] = get_args(LoadStrategy)
 SOLVERS: tuple[str, ...] = get_args(Solver)
+KERNELS: tuple[str, ...] = get_args(Kernels)
+ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
 
 NUM_TRAIN_TIMESTEPS = 1000
 SAMPLE_FPS = 16
@@ -255,6 +259,8 @@ class Options:
     load_strategy: "full" brings whole components to the device; "block" streams transformer blocks from the host;
         "part" streams parts of them, and keeps what a run needs once on the host: the embeddings of time and prompt but
         while they are computed, and T5's table of tokens always.
+    kernels: "torch" runs torch's operators one after the other; "fused" kernels of our own between the large products.
+    attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch.
     resident_gib: of the streamed weights of each component so much stays on the device.
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most.
     residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
@@ -274,6 +280,8 @@ class Options:
     load_strategy: LoadStrategy = "full"
     resident_gib: float = 0.0
     t5_cpu: bool = False
+    kernels: Kernels = "torch"
+    attention_kernel: AttentionKernel = "sdpa"
     attention_slices: int | Literal["auto"] = 1
     rows_at_once: int = 4096
     residual_on_host: float = 0.0
@@ -286,6 +294,8 @@ class Options:
         for name in ("precision", "t5_precision", "vae_precision"):
             one_of(name, getattr(self, name), PRECISIONS)
         one_of("load_strategy", self.load_strategy, LOAD_STRATEGIES)
+        one_of("kernels", self.kernels, KERNELS)
+        one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
         if self.attention_slices != "auto" and self.attention_slices < 1:
             raise UsageError(
                 f"attention_slicing={self.attention_slices} is not a number of slices; "
@@ -301,6 +311,29 @@ class Options:
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
+
+
+def check_device(options: Options, device: str) -> None:
+    """Refuses kernels that the device, or the number format on it, does not have.
+
+    Raises:
+        UsageError: names the knob, what it needs, and the way out.
+    """
+    if options.kernels != "torch" and device != "cuda":
+        raise UsageError(
+            f"kernels={options.kernels} runs on an NVIDIA GPU, not on device={device}; choose kernels=torch"
+        )
+    name, way_out = options.attention_kernel, "choose attention_kernel=sdpa"
+    if name == "sdpa":
+        return
+    if device != "cuda":
+        raise UsageError(f"attention_kernel={name} runs on an NVIDIA GPU, not on device={device}; {way_out}")
+    allowed = ("bf16",) if name == "fa3" else ("bf16", "fp16")
+    if options.precision not in allowed:
+        raise UsageError(
+            f"attention_kernel={name} cannot compute in precision={options.precision}; "
+            f"{way_out}, or precision={' or '.join(allowed)}"
+        )
 
 
 def idle_knobs(options: Options, device: str) -> dict[str, str]:

@@ -97,6 +97,7 @@ def test_distances_of_frames_and_latents_equal_their_formulas(tmp_path: Path) ->
         "ssim": pytest.approx(np.mean(ssim), abs=FLOAT32_ROUNDING),
         "max_abs_diff": np.abs(levels).max(),
         "latents_max_abs_diff": np.abs(values).max(),
+        "latents_relative_l2": pytest.approx(np.linalg.norm(values) / np.linalg.norm(theirs[0].astype(np.float64))),
         "latents_psnr_db": pytest.approx(10 * math.log10(peak**2 / (values**2).mean())),
         "is_bit_equal": 0,
     }
@@ -105,7 +106,8 @@ def test_distances_of_frames_and_latents_equal_their_formulas(tmp_path: Path) ->
 
 def test_equal_outputs_have_no_psnr_and_an_ssim_of_one(tmp_path: Path) -> None:
     same = (random_latents(), random_frames())
-    expected = {"ssim": 1.0, "max_abs_diff": 0, "latents_max_abs_diff": 0.0, "is_bit_equal": 1}
+    expected = {"ssim": 1.0, "max_abs_diff": 0, "is_bit_equal": 1}
+    expected |= {"latents_max_abs_diff": 0.0, "latents_relative_l2": 0.0}
     assert compared(tmp_path, same, same) == (expected, "")
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,29 @@ def test_an_empty_checkpoint_folder_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_is_no_checkpoint_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     assert "is not a folder" in resolve(Job(ckpt_dir=str(tmp_path / "x")), NO_GPU).refusal
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "precision", "expected"),
+    [
+        ("9.0", {"triton", "fa3_fwd_interface"}, "bf16", ("fused", "fa3")),
+        ("9.0", {"triton", "fa3_fwd_interface"}, "fp16", ("fused", "sdpa")),
+        ("8.9", {"triton", "fa3_fwd_interface"}, "bf16", ("fused", "sdpa")),
+        ("9.0", {"triton"}, "bf16", ("fused", "sdpa")),
+        ("9.0", set(), "bf16", ("torch", "sdpa")),
+    ],
+)
+def test_the_best_kernels_that_are_there_are_taken_where_the_job_leaves_the_choice(
+    capability: str, packages: set[str], precision: Any, expected: tuple[str, str]
+) -> None:
+    gpu = Gpu(name="NVIDIA", total_bytes=80 * 2**30, used_bytes=0, compute_capability=capability)
+    machine = Machine(gpus=(gpu,), torch_version="2.11", torch_cuda="13.0", packages=frozenset(packages))
+    job = resolve(Job(kernels="auto", attention_kernel="auto", precision=precision), machine).job
+    assert (job.kernels, job.attention_kernel) == expected
+
+
+def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> None:
+    machine = Machine(packages=frozenset({"triton"}))
+    job = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
+    assert (job.kernels, job.attention_kernel) == ("torch", "sdpa")
+    assert "choose kernels=torch" in resolve(Job(kernels="fused"), machine).refusal

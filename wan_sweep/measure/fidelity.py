@@ -10,6 +10,7 @@ fidelity/psnr_db               PSNR of all frames together, peak 255
 fidelity/ssim                  mean SSIM of the frames' luma (`image_metrics` defines both)
 fidelity/max_abs_diff          largest difference of two pixels' channels, in levels from 0 to 255
 fidelity/latents_max_abs_diff  largest difference of two latents
+fidelity/latents_relative_l2   norm of the difference of all latents over the norm of the reference's
 fidelity/latents_psnr_db       PSNR of the latents; the peak is the range of the reference's
 fidelity/is_bit_equal          1 if latents and frames are equal to the bit, else 0
 
@@ -157,7 +158,11 @@ def _distances(folder: Path, reference: Path) -> tuple[dict[str, float | None], 
     }
     reasons = [] if frames.ssim is not None else ["no SSIM: frames are smaller than its window of 11 x 11"]
     if latents.is_finite:
-        metrics |= {"latents_max_abs_diff": latents.max_abs_diff, "latents_psnr_db": latents.psnr_db}
+        metrics |= {
+            "latents_max_abs_diff": latents.max_abs_diff,
+            "latents_relative_l2": latents.relative_l2,
+            "latents_psnr_db": latents.psnr_db,
+        }
     else:
         reasons.append(
             f"no distance of the latents: of {latents.num_values} numbers {latents.num_not_finite} here and "

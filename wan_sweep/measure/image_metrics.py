@@ -134,6 +134,7 @@ class ValuesDistance:
         self.num_not_finite = 0
         self.num_not_finite_reference = 0
         self._squared_error = 0.0
+        self._squares = 0.0
         self._lowest, self._highest = np.inf, -np.inf
 
     def add(self, values: npt.NDArray[Any], reference: npt.NDArray[Any]) -> None:
@@ -146,6 +147,7 @@ class ValuesDistance:
             difference = np.subtract(values, reference, dtype=np.float64)
             self.max_abs_diff = max(self.max_abs_diff, float(np.abs(difference).max()))
             self._squared_error += float(np.square(difference).sum())
+            self._squares += float(np.square(reference, dtype=np.float64).sum())
             self._lowest = min(self._lowest, float(reference.min()))
             self._highest = max(self._highest, float(reference.max()))
 
@@ -153,6 +155,11 @@ class ValuesDistance:
     def is_finite(self) -> bool:
         """Whether all numbers are; without that the other results mean nothing."""
         return self.num_not_finite == self.num_not_finite_reference == 0
+
+    @property
+    def relative_l2(self) -> float | None:
+        """Norm of the difference over that of the reference; None where the reference is zero."""
+        return float(np.sqrt(self._squared_error / self._squares)) if self._squares else None
 
     @property
     def psnr_db(self) -> float | None:

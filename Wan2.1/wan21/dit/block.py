@@ -10,16 +10,8 @@ import torch
 from torch import nn
 
 from wan21.config import DitConfig
-from wan21.dit.layers import (
-    CrossAttention,
-    FeedForward,
-    Modulation,
-    SelfAttention,
-    Slicing,
-    add_branch,
-    chunk_rows,
-    modulated,
-)
+from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows
+from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, windows
 from wan21.parts import InParts
 
@@ -41,14 +33,15 @@ class Block(InParts):
     }
     ALWAYS: ClassVar[tuple[str, ...]] = ("modulation",)
 
-    def __init__(self, config: DitConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: DitConfig, dtype: torch.dtype, operations: Operations) -> None:
         super().__init__()
         self.eps = config.eps
         self.dtype = dtype
-        self.self_attn = SelfAttention(config, dtype)
+        self.operations = operations
+        self.self_attn = SelfAttention(config, dtype, operations)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
-        self.cross_attn = CrossAttention(config, dtype)
-        self.ffn = FeedForward(config, dtype)
+        self.cross_attn = CrossAttention(config, dtype, operations)
+        self.ffn = FeedForward(config, dtype, operations)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
 
     def forward(
@@ -83,7 +76,7 @@ class Block(InParts):
         modulation = Modulation(shift_ffn, 1 + scale_ffn, gate_ffn)
         with self.part("feed_forward"):
             for _, window in windows(residual, size, writes=True):
-                branch = self.ffn(modulated(window, modulation, self.eps, self.dtype))
-                residual = add_branch(residual, window, branch, modulation.gate)
+                branch = self.ffn(self.operations.modulated(window, modulation, self.eps, self.dtype))
+                residual = self.operations.add(residual, window, branch, modulation.gate)
                 del branch
         return residual

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
-from wan21.dit.layers import Modulation, Slicing, chunk_rows, collect, modulated
+from wan21.dit.layers import Outs, Slicing, chunk_rows, collect
+from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, Windowed, windows
 from wan21.rope import rotations
 from wan21.shapes import PATCH
@@ -59,9 +60,10 @@ class Time:
 class Head(nn.Module):
     """Residual to patches of velocity, in float32."""
 
-    def __init__(self, config: DitConfig) -> None:
+    def __init__(self, config: DitConfig, operations: Operations) -> None:
         super().__init__()
         self.eps = config.eps
+        self.operations = operations
         self.head = nn.Linear(config.dim, PATCH * PATCH * config.out_dim, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, dtype=torch.float32))
 
@@ -70,10 +72,13 @@ class Head(nn.Module):
         shift, scale = (self.modulation + time.unsqueeze(1)).split(1, dim=1)
         modulation = Modulation(shift, 1 + scale)
 
-        def patches(_: slice, window: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self.head(modulated(window, modulation, self.eps, torch.float32)),)
+        def patches(_: slice, window: torch.Tensor, outs: Outs) -> tuple[torch.Tensor]:
+            x = self.operations.modulated(window, modulation, self.eps, torch.float32)
+            return (self.operations.linear(self.head, x, outs[0]),)
 
-        return collect(windows(residual, size), residual.shape[1], patches)[0]
+        shape = (*residual.shape[:2], self.head.out_features)
+        whole = None if torch.is_grad_enabled() else time.new_empty(shape)
+        return collect(windows(residual, size), patches, (whole,))[0]
 
 
 class Dit(nn.Module):
@@ -82,6 +87,7 @@ class Dit(nn.Module):
     Args:
         config: sizes.
         dtype: of linear layers and attention. Time embedding, modulation, norms and the head are float32 always.
+        operations: how what lies between the products is carried out; torch's own operators if not given.
 
     Build it on the meta device and let `wan21.weights` fill it.
 
@@ -90,9 +96,10 @@ class Dit(nn.Module):
 
     ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
 
-    def __init__(self, config: DitConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: DitConfig, *, dtype: torch.dtype, operations: Operations | None = None) -> None:
         super().__init__()
         dim = config.dim
+        operations = operations or Operations()
         self.config = config
         self.dtype = dtype
         # A convolution whose stride is its kernel: run as a linear layer over patches, kept in the checkpoint's shape.
@@ -106,8 +113,8 @@ class Dit(nn.Module):
             nn.Linear(config.freq_dim, dim, dtype=torch.float32), nn.SiLU(), nn.Linear(dim, dim, dtype=torch.float32)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, dtype=torch.float32))
-        self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.blocks = nn.ModuleList(Block(config, dtype, operations) for _ in range(config.num_layers))
+        self.head = Head(config, operations)
 
     def embed_text(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The context that cross attention reads; the same in every step, so compute it once.

@@ -1,0 +1,210 @@
+"""What a DiT block does to its tokens between the large products: plainly, or in fused kernels.
+
+Letters: B videos, L tokens, R rows (some of the tokens), S keys, D model width, N heads, K head width, M feed-forward
+width.
+
+Number formats follow what upstream computes under bfloat16 autocast (docs/parity.md): the residual stream, norms,
+modulation and gates are float32; linear layers and attention run in the module's compute dtype.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wan21.attention import Attention, attend
+from wan21.config import DitConfig
+from wan21.dit.residual import Residual
+from wan21.kernels import tokens
+from wan21.rope import rotate
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the timestep does to one branch; each [B or 1, 1, D], float32.
+
+    shift: added to the normed input.
+    scale: what the normed input is multiplied by: one plus the network's scale.
+    gate: what the branch's result is multiplied by; None for the head, which is no branch.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+class RmsNorm(nn.Module):
+    """Weights of a root-mean-square norm over the whole width, before the split into heads.
+
+    Reference: arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+
+
+class Operations:
+    """Torch's own operators, one after the other. With gradients kept nothing is in place.
+
+    Args:
+        attention: the kernel of self attention.
+    """
+
+    def __init__(self, attention: Attention = attend) -> None:
+        self.attend = attention
+
+    def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Has everything compiled that a forward will need."""
+
+    def modulated(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        eps: float,
+        dtype: torch.dtype,
+        norm_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The normed residual, scaled and shifted in float32, then rounded to the compute dtype.
+
+        Args:
+            x: [B, R, D], float32.
+            modulation: shift and scale.
+            eps: of the norm.
+            dtype: of the result.
+            norm_dtype: what the norm's output is rounded to before it is scaled.
+
+        Returns:
+            [B, R, D].
+
+        Memory: one [B, R, D] in float32 beside the result; one more where the norm's output is rounded.
+        """
+        normed = functional.layer_norm(x, (x.shape[-1],), eps=eps).to(norm_dtype).float()
+        if torch.is_grad_enabled():
+            return torch.addcmul(modulation.shift, normed, modulation.scale).to(dtype)
+        return torch.addcmul(modulation.shift, normed, modulation.scale, out=normed).to(dtype)
+
+    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+        """The residual [B, R, D] through a layer norm with weights, rounded to the compute dtype."""
+        return norm(x).to(dtype)
+
+    def linear(self, layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[B, R, D] through a linear layer; written to `out` of as many elements if there is one."""
+        result: Tensor = layer(x)
+        return result if out is None else out.copy_(result.view(out.shape))
+
+    def heads(
+        self, x: Tensor, norm: RmsNorm, num_heads: int, turns: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Queries or keys: normed over the whole width, split into heads, and turned.
+
+        Normalised in float32, rounded to the input's dtype, multiplied by the float32 weight, turned, rounded again.
+
+        Args:
+            x: [B, R, D] in the compute dtype; may be overwritten.
+            norm: its weights.
+            num_heads: N.
+            turns: rotary positions, [R, 1, K/2], complex64; None: no positions.
+            out: where to write the result, if it is to go somewhere.
+
+        Returns:
+            [B, R, N, K] in the compute dtype.
+        """
+        normed = functional.rms_norm(x, (x.shape[-1],), eps=norm.eps)
+        heads = (normed * norm.weight).unflatten(-1, (num_heads, -1))
+        del normed
+        if turns is not None:
+            heads = rotate(heads, turns)
+        return heads.to(x.dtype) if out is None else out.copy_(heads)
+
+    def feed_forward(self, up: nn.Linear, down: nn.Linear, x: Tensor) -> Tensor:
+        """[B, R, D] through two linear layers with a tanh-form GELU between them.
+
+        Memory: one [B, R, M]; the GELU works in place unless gradients are kept.
+        """
+        hidden = up(x)
+        if torch.is_grad_enabled():
+            hidden = functional.gelu(hidden, approximate="tanh")
+        else:
+            torch.ops.aten.gelu_(hidden, approximate="tanh")
+        return down(hidden)
+
+    def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:
+        """The residual with a branch, times its gate, added to a window of it; in place unless gradients are kept.
+
+        Args:
+            residual: [B, L, D], float32.
+            window: some tokens of it, [B, R, D]; all of them where gradients are kept.
+            branch: [B, R, D] in the compute dtype.
+            gate: [B or 1, 1, D], float32.
+
+        Returns:
+            The residual, [B, L, D].
+        """
+        if torch.is_grad_enabled():
+            return window + (branch if gate is None else branch * gate)
+        if gate is None:
+            window.add_(branch)
+        else:
+            window.addcmul_(branch, gate)
+        return residual
+
+
+class FusedOperations(Operations):
+    """One kernel for what lies between two products, without gradients.
+
+    Promise: the same sums in another order, and the GELU on sums that were not yet rounded. A forward differs from the
+    plain one by less than rounding to the compute dtype does (docs/parity.md).
+
+    Memory: no float32 copies of a chunk, and results are written where they go.
+    """
+
+    def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
+        x = torch.zeros((1, 1, config.dim), dtype=torch.float32, device=device)
+        weight, turns = x[0, 0], torch.zeros((1, 1, config.head_dim // 2), dtype=torch.complex64, device=device)
+        for norm_dtype in {torch.float32, dtype}:
+            branch = tokens.modulate(x, x, x, config.eps, dtype, norm_dtype)
+        tokens.modulate(x, x, x, config.eps, torch.float32, torch.float32)  # the head's
+        for positions in (turns, None):
+            tokens.rms_heads_(branch, weight, positions, config.eps, branch.unflatten(-1, (config.num_heads, -1)))
+        for gate in (x, None):
+            tokens.add_gated_(x, branch, gate)
+
+    def modulated(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        eps: float,
+        dtype: torch.dtype,
+        norm_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return tokens.modulate(x, modulation.scale, modulation.shift, eps, dtype, norm_dtype)
+
+    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+        weight, bias = norm.weight.view(1, 1, -1), norm.bias.view(1, 1, -1)
+        return tokens.modulate(x, weight, bias, norm.eps, dtype, torch.float32)
+
+    def linear(self, layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return layer(x)
+        if x.shape[0] == 1:
+            torch.addmm(layer.bias, x[0], layer.weight.t(), out=out.view(x.shape[1], -1))
+            return out
+        return out.copy_(layer(x).view(out.shape))  # the rows of several videos do not lie in one matrix
+
+    def heads(
+        self, x: Tensor, norm: RmsNorm, num_heads: int, turns: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = x.unflatten(-1, (num_heads, -1))
+        tokens.rms_heads_(x, norm.weight, turns, norm.eps, out)
+        return out
+
+    def feed_forward(self, up: nn.Linear, down: nn.Linear, x: Tensor) -> Tensor:
+        return down(tokens.linear_gelu(x.flatten(0, 1), up.weight, up.bias)).view(x.shape)
+
+    def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:
+        tokens.add_gated_(window, branch, gate)
+        return residual

@@ -1,0 +1,1 @@
+"""The kernels in Triton; importing a module of this package needs it."""

@@ -1,0 +1,156 @@
+"""Operators on the tokens of a transformer, a row each: what lies between its products, each in one pass over memory.
+
+Letters: B videos, R rows, D model width, N heads, K head width (D = N K).
+
+All of them compute in float32 and round once to the result's number format. They keep no gradients.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wan21.rope import rotate
+
+_LIBRARY = torch.library.Library("wan21", "DEF")  # the operators live as long as it does
+
+
+def modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
+) -> Tensor:
+    """Layer norm without weights, times `scale`, plus `shift`.
+
+    Args:
+        x: [B, R, D], float32, rows contiguous.
+        scale: [B or 1, 1, D], float32.
+        shift: likewise.
+        eps: of the norm.
+        dtype: of the result.
+        norm_dtype: what the norm's output is rounded to before it is scaled.
+
+    Returns:
+        [B, R, D], contiguous.
+    """
+    return torch.ops.wan21.modulate(x, scale, shift, eps, dtype, norm_dtype)
+
+
+def rms_heads_(x: Tensor, weight: Tensor, turns: Tensor | None, eps: float, out: Tensor) -> None:
+    """Root-mean-square norm over the whole width, and rotary positions, written to heads.
+
+    Args:
+        x: [B, R, D], contiguous. The norm's output is rounded to its number format, as upstream does.
+        weight: [D], float32.
+        turns: [R, 1, K/2], complex64, contiguous; None: nothing is turned.
+        eps: of the norm.
+        out: [B, R, N, K], the last two dimensions contiguous; may be `x` itself, seen so.
+    """
+    real = None if turns is None else torch.view_as_real(turns)
+    torch.ops.wan21.rms_heads_(out, x, weight, real, eps)
+
+
+def add_gated_(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
+    """Adds a branch, times its gate, to the residual.
+
+    Args:
+        x: [B, R, D], float32, rows contiguous.
+        branch: [B, R, D], contiguous.
+        gate: [B or 1, 1, D], float32; None: one.
+    """
+    torch.ops.wan21.add_gated_(x, branch, gate)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and the tanh-form GELU of its sums, which on CUDA are not rounded in between.
+
+    Args:
+        x: [R, D].
+        weight: [M, D].
+        bias: [M].
+
+    Returns:
+        [R, M].
+    """
+    return torch.ops.wan21.linear_gelu(x, weight, bias)
+
+
+def _modulate_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
+) -> Tensor:
+    normed = functional.layer_norm(x, (x.shape[-1],), eps=eps).to(norm_dtype).float()
+    return torch.addcmul(shift, normed, scale).to(dtype)
+
+
+def _modulate_shape(
+    x: Tensor,
+    scale: Tensor,  # noqa: ARG001
+    shift: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    dtype: torch.dtype,
+    norm_dtype: torch.dtype,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _rms_heads_reference(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> None:
+    normed = functional.rms_norm(x, (x.shape[-1],), eps=eps) * weight
+    heads = normed.unflatten(-1, out.shape[-2:])
+    out.copy_(heads if turns is None else rotate(heads, torch.view_as_complex(turns)))
+
+
+def _add_gated_reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
+    if gate is None:
+        x.add_(branch)
+    else:
+        x.addcmul_(branch, gate)
+
+
+def _linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(functional.linear(x, weight, bias), approximate="tanh")
+
+
+def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)  # noqa: SLF001  # no public name
+
+
+def _linear_gelu_shape(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _modulate_on_cuda(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
+) -> Tensor:
+    from wan21.kernels.gpu import tokens
+
+    return tokens.modulate(x, scale, shift, eps, dtype, norm_dtype)
+
+
+def _rms_heads_on_cuda(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> None:
+    from wan21.kernels.gpu import tokens
+
+    tokens.rms_heads_(out, x, weight, turns, eps)
+
+
+def _add_gated_on_cuda(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
+    from wan21.kernels.gpu import tokens
+
+    tokens.add_gated_(x, branch, gate)
+
+
+def _nothing(*_: object) -> None:
+    """The shape of no result."""
+
+
+_LIBRARY.define(
+    "modulate(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType dtype, ScalarType norm_dtype) -> Tensor"
+)
+_LIBRARY.define("rms_heads_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? turns, float eps) -> ()")
+_LIBRARY.define("add_gated_(Tensor(a!) x, Tensor branch, Tensor? gate) -> ()")
+_LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+for _name, _reference, _cuda, _shape in (
+    ("modulate", _modulate_reference, _modulate_on_cuda, _modulate_shape),
+    ("rms_heads_", _rms_heads_reference, _rms_heads_on_cuda, _nothing),
+    ("add_gated_", _add_gated_reference, _add_gated_on_cuda, _nothing),
+    ("linear_gelu", _linear_gelu_reference, _linear_gelu_on_cuda, _linear_gelu_shape),
+):
+    _LIBRARY.impl(_name, _reference, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"wan21::{_name}", _shape, lib=_LIBRARY)

@@ -10,22 +10,32 @@ middle part in any number of frames at a time.
 Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t = (T - 1) / 4 + 1, h = H / 8, w = W / 8).
 """
 
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from wan21.config import VaeConfig
+from wan21.vae import fused
 from wan21.vae.layers import AttentionBlock, CausalConv3d, ResidualBlock, RmsNorm, Upsample, norm_silu_conv
 from wan21.vae.past import Past
 from wan21.vae.tiles import Interval, Window, Windows
 
+Kernels: TypeAlias = Literal["torch", "triton"]
+
 
 class Decoder(nn.Module):
-    """A block of attention between two residual ones, then residual blocks with an upsampling between levels."""
+    """A block of attention between two residual ones, then residual blocks with an upsampling between levels.
 
-    def __init__(self, config: VaeConfig, *, dtype: torch.dtype) -> None:
+    Args:
+        config: sizes.
+        dtype: of the parameters.
+        kernels: "torch" runs layer by layer; "triton" runs the middle and the high part with kernels of our own.
+    """
+
+    def __init__(self, config: VaeConfig, *, dtype: torch.dtype, kernels: Kernels = "torch") -> None:
         super().__init__()
+        self.kernels = kernels
         dims = [config.base_dim * multiplier for multiplier in reversed(config.multipliers)]
         in_time = tuple(reversed(config.temporal_downsample))
         dim = dims[0]
@@ -71,7 +81,10 @@ class Decoder(nn.Module):
         Returns:
             [B, C', T, H / 2, W / 2] for the default sizes; T is 1 for the first latent frame, else 4.
         """
-        for layer in self.upsamples[self.first_upsampling : self.last_upsampling]:
+        layers = self.upsamples[self.first_upsampling : self.last_upsampling]
+        if self.kernels == "triton":
+            return fused.run(list(layers), x, past)
+        for layer in layers:
             x = layer(x, past)
         return x
 
@@ -88,7 +101,10 @@ class Decoder(nn.Module):
         x stays.
         """
         if frames_at_once is None or frames_at_once >= x.shape[2]:
-            for layer in self.upsamples[self.last_upsampling :]:
+            layers = self.upsamples[self.last_upsampling :]
+            if self.kernels == "triton":
+                return fused.run([*layers, self.head], x, past)
+            for layer in layers:
                 x = layer(x, past)
             return norm_silu_conv(((self.head["0"], self.head["2"]),), x, past, overwrite=True)
         is_last = past.is_last

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wan21.config import VaeConfig
 from wan21.errors import UsageError
-from wan21.vae.decoder import Decoder
+from wan21.vae.decoder import Decoder, Kernels
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
 from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles
@@ -40,12 +40,13 @@ class Vae(nn.Module):
     Args:
         config: sizes.
         dtype: of the parameters.
+        kernels: of the decoder.
 
     Raises:
         UsageError: z_dim differs from the number of channels whose statistics are known.
     """
 
-    def __init__(self, config: VaeConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: VaeConfig, *, dtype: torch.dtype = torch.float32, kernels: Kernels = "torch") -> None:
         super().__init__()
         if config.z_dim != len(LATENT_MEAN):
             raise UsageError(
@@ -58,7 +59,7 @@ class Vae(nn.Module):
         self.encoder: Encoder | None = Encoder(config, dtype=dtype)
         self.conv1: nn.Conv3d | None = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1, dtype=dtype)
-        self.decoder = Decoder(config, dtype=dtype)
+        self.decoder = Decoder(config, dtype=dtype, kernels=kernels)
 
     def drop_encoder(self) -> None:
         """Lets go of what only encoding needs, 42 % of the weights: 214 MB in float32."""

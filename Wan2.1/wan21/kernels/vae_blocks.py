@@ -1,0 +1,107 @@
+"""How the convolution kernel cuts its work: a table by channels, frames and bytes of a number. No torch, no Triton.
+
+The rows were measured on one H100 by `scripts/bench_vae.py`, which tries all `candidates`; a table rather than a search
+at run time, so that every run does the same and none spends its first seconds trying.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+MIN_K = 16
+"""The fewest rows, columns and numbers along the sum that a product takes in Triton."""
+
+MOST_CHANNELS = 192
+"""Output channels of a program: more sums than these do not fit its registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """One way to cut a convolution.
+
+    frames: output frames of a program.
+    tile_h, tile_w: positions of a program in each of them.
+    k: input channels that are multiplied at once.
+    channels: output channels of a program, as a sum of two powers of two (the second may be 0).
+    num_warps, num_stages: as Triton means them.
+    """
+
+    frames: int
+    tile_h: int
+    tile_w: int
+    k: int
+    channels: tuple[int, int]
+    num_warps: int
+    num_stages: int
+
+
+def split_channels(count: int) -> tuple[int, int]:
+    """Output channels as a sum of two powers of two, in as few equal parts as it takes; padded where nothing fits."""
+    for part in (count // parts for parts in (1, 2, 3, 4) if count % parts == 0):
+        largest = 1 << max(0, part.bit_length() - 1)
+        rest = part - largest
+        if MIN_K <= largest and part <= MOST_CHANNELS and (not rest or (rest >= MIN_K and rest & (rest - 1) == 0)):
+            return largest, rest
+    return max(MIN_K, min(128, 1 << (count - 1).bit_length())), 0
+
+
+def fits_one_program(count: int) -> bool:
+    """Whether a program holds all output channels of a position, so that it can normalise them."""
+    return sum(split_channels(count)) >= count
+
+
+def default_blocks(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blocks:
+    """Blocks for sizes that were not measured: they fit registers and shared memory of a Hopper GPU."""
+    channels = split_channels(c_out)
+    largest_k = 64 // itemsize
+    k = largest_k
+    while k > MIN_K and c_in % k:
+        k //= 2
+    most_frames = 4 if sum(channels) <= 96 else 2
+    frames = max(frames for frames in (1, 2, 4) if frames <= most_frames and num_frames % frames == 0)
+    return Blocks(frames=frames, tile_h=8, tile_w=16, k=k, channels=channels, num_warps=8, num_stages=3)
+
+
+MEASURED: dict[tuple[int, int, int, int], Blocks] = {}
+"""By input and output channels, frames, and bytes of a number."""
+
+
+def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blocks:
+    """The blocks to use for a convolution of `num_frames` output frames."""
+    measured = MEASURED.get((c_in, c_out, num_frames, itemsize))
+    return measured or default_blocks(c_in, c_out, num_frames, itemsize)
+
+
+def candidates(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Iterator[Blocks]:
+    """The blocks worth trying, the likeliest first."""
+    base = default_blocks(c_in, c_out, num_frames, itemsize)
+    ks = [k for k in (64 // itemsize, 128 // itemsize) if k >= MIN_K and c_in % k == 0] or [base.k]
+    seen = []
+    for frames in (4, 2, 1):
+        if num_frames % frames:
+            continue
+        for k in ks:
+            for tile, warps in (((8, 16), 8), ((16, 16), 8), ((8, 16), 4), ((8, 8), 4)):
+                for stages in (3, 4, 2):
+                    blocks = replace(
+                        base, frames=frames, k=k, tile_h=tile[0], tile_w=tile[1], num_warps=warps, num_stages=stages
+                    )
+                    if blocks not in seen and fits(blocks, itemsize):
+                        seen.append(blocks)
+                        yield blocks
+
+
+REGISTERS = 232
+"""Of 255 in a thread those that sums may take, with some for addresses."""
+
+SHARED_BYTES = 227 * 2**10
+"""Of a multiprocessor since Hopper, for one program."""
+
+TAPS = 3
+
+
+def fits(blocks: Blocks, itemsize: int, taps: int = TAPS) -> bool:
+    """Whether sums fit the registers and tiles the shared memory."""
+    rows = blocks.tile_h * blocks.tile_w
+    sums = blocks.frames * rows * sum(blocks.channels) // (32 * blocks.num_warps)
+    tiles = (blocks.frames + taps - 1) * rows + taps * sum(blocks.channels)
+    return sums <= REGISTERS and tiles * blocks.k * itemsize * blocks.num_stages <= SHARED_BYTES

@@ -272,7 +272,7 @@ def bench_decodes(runtime: Runtime) -> None:
             budget = Budget(vae.decoder, (t, h, w), itemsize=dtype.itemsize)
             plans = {"whole": WHOLE}
             if size == "480p":
-                plans |= {"single frames": DecodePlan(frames_at_once=1), "tiles": budget.best_plan(2**29)}
+                plans |= {"single frames": DecodePlan(frames_at_once=1), "tiles": budget.best_plan(2**28 * dtype.itemsize)}
             reference = None
             for label, plan in plans.items():
                 for kernels in ("torch", "triton"):

@@ -25,7 +25,7 @@ from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
 from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import WHOLE, Budget
+from wan21.vae import choose_plan
 from wan21.vae.vae import Vae
 
 
@@ -81,7 +81,11 @@ class TextToVideo:
 
         Videos share a forward in groups of `micro_batch_size`. All prompts are encoded first and all videos decoded
         last, so that each component is needed once.
+
+        Raises:
+            UsageError: `vae_budget_gib` is too little; nothing has been loaded then.
         """
+        choose_plan(self._spec.vae, self._options, request.shape.latent)
         if not self._options.offload:
             with self._phase("load"):
                 self._t5 = self._t5 or self._components.t5()
@@ -211,10 +215,7 @@ class TextToVideo:
 
     def _decode_one(self, vae: Vae, latent: torch.Tensor) -> torch.Tensor:
         t, h, w = latent.shape[2:]
-        plan = WHOLE
-        if self._options.vae_budget_gib is not None:
-            budget = Budget(vae.decoder, (t, h, w), itemsize=vae.conv2.weight.element_size())
-            plan = budget.best_plan(int(self._options.vae_budget_gib * 2**30))
+        plan = choose_plan(self._spec.vae, self._options, (t, h, w))
         num_frames = TEMPORAL_STRIDE * (t - 1) + 1
         video = torch.empty(num_frames, SPATIAL_STRIDE * h, SPATIAL_STRIDE * w, 3, dtype=torch.uint8)
         for piece in vae.decode_pieces(latent, plan):

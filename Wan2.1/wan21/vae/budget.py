@@ -6,16 +6,18 @@ convolutions when channels come last.
 Letters: C channels; T frames at the layer at hand; P positions that it computes; t, h, w of the latents.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeAlias, cast
+from typing import cast
 
 from torch import nn
 
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.fused_budget import chain as fused_chain
 from wan21.vae.layers import AttentionBlock, ResidualBlock, Upsample
+from wan21.vae.need import NOTHING, Need, Positions, macs_of
 from wan21.vae.plan import DecodePlan, strips
 
 PAST = 2
@@ -27,29 +29,6 @@ MIN_TILE = 8
 SINGLE_FRAME_WORK = 1.06
 """How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
 
-Positions: TypeAlias = Mapping[nn.Module, int]
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a layer, or several in a row, take: numbers that stay, numbers at most in passing, multiply-adds."""
-
-    past: int
-    passing: int
-    macs: int
-
-    def then(self, other: "Need") -> "Need":
-        """This and then the other."""
-        return Need(self.past + other.past, max(self.passing, other.passing), self.macs + other.macs)
-
-
-NOTHING = Need(0, 0, 0)
-
-
-def _macs(conv: nn.Module, positions: int) -> int:
-    return cast("nn.Conv3d", conv).weight.numel() * positions
-
-
 def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
     first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
     in_dim, out_dim = first.in_channels, first.out_channels
@@ -58,16 +37,16 @@ def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, s
     between, joined_again = frames * out_dim * outer, (frames + past) * out_dim * inner
     # Beside the input: normed and joined; joined and the first result; that, joined; joined and the second result.
     passing = frames * in_dim * stored + max(normed + joined, joined + between, between + joined_again)
-    macs = frames * (_macs(first, outer) + _macs(second, inner))
+    macs = frames * (macs_of(first, outer) + macs_of(second, inner))
     if isinstance(block.shortcut, nn.Conv3d):
-        macs += frames * _macs(block.shortcut, outer)
+        macs += frames * macs_of(block.shortcut, outer)
     return Need(past * (in_dim * outer + out_dim * inner), passing, macs)
 
 
 def _attention(block: AttentionBlock, positions: Positions, frames: int) -> Need:
     computed = frames * positions[block]
     # The input, normed, and queries, keys and values. The products of attention itself are left out of the work.
-    return Need(0, 5 * block.proj.in_channels * computed, _macs(block.to_qkv, computed) + _macs(block.proj, computed))
+    return Need(0, 5 * block.proj.in_channels * computed, macs_of(block.to_qkv, computed) + macs_of(block.proj, computed))
 
 
 def _upsample(layer: Upsample, positions: Positions, frames: int, past: int, stored: int) -> Need:
@@ -75,11 +54,11 @@ def _upsample(layer: Upsample, positions: Positions, frames: int, past: int, sto
     before, dim = positions[layer] // 4, conv.in_channels
     passing, remembered, macs = frames * dim * stored, 0, 0
     if layer.time_conv is not None and past:
-        remembered, macs = past * dim * before, frames * _macs(layer.time_conv, before)
+        remembered, macs = past * dim * before, frames * macs_of(layer.time_conv, before)
         frames *= 2
         passing += frames * dim * before
     # The enlarged input is four times it, the result with half the channels twice.
-    return Need(remembered, passing + 6 * frames * dim * before, macs + frames * _macs(conv, positions[layer]))
+    return Need(remembered, passing + 6 * frames * dim * before, macs + frames * macs_of(conv, positions[layer]))
 
 
 def _chain(
@@ -122,21 +101,27 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
     whole = dict.fromkeys(decoder.modules(), num_positions)
     low, _, _ = _chain((*decoder.middle, *decoder.upsamples[: decoder.first_upsampling]), whole, 1, past, num_positions)
     first = decoder.conv1
-    low = low.then(Need(past * first.in_channels * num_positions, 0, _macs(first, num_positions)))
+    low = low.then(Need(past * first.in_channels * num_positions, 0, macs_of(first, num_positions)))
 
-    layers = decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling]
-    needed = positions[decoder.upsamples[decoder.first_upsampling]] // 4
-    mid, frames, stored = _chain(layers, positions, 1, past, needed)
-
-    at_once = min(frames, frames_at_once or frames)
-    layers = decoder.upsamples[decoder.last_upsampling :]
-    high, _, _ = _chain(layers, positions, at_once, past, stored)
+    layers = list(decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling])
+    last_layers = list(decoder.upsamples[decoder.last_upsampling :])
     head = cast("nn.Conv3d", decoder.head["2"])
-    computed = head.in_channels * positions[head]
-    high = high.then(Need(past * computed, (2 * at_once + past) * computed, at_once * _macs(head, positions[head])))
+    if decoder.kernels == "triton":
+        mid, frames = fused_chain(layers, last_layers[0], positions, 1, past)
+        stored = positions[last_layers[0]] // 4
+    else:
+        mid, frames, stored = _chain(layers, positions, 1, past, positions[layers[0]] // 4)
+    at_once = min(frames, frames_at_once or frames)
+    if decoder.kernels == "triton":
+        high, _ = fused_chain([*last_layers, decoder.head], None, positions, at_once, past)
+    else:
+        high, _, _ = _chain(last_layers, positions, at_once, past, stored)
+        computed = head.in_channels * positions[head]
+        macs = at_once * macs_of(head, positions[head])
+        high = high.then(Need(past * computed, (2 * at_once + past) * computed, macs))
     waiting = 0
     if at_once < frames:
-        last = cast("nn.Conv2d", cast("Upsample", layers[0]).resample[1])
+        last = cast("nn.Conv2d", cast("Upsample", last_layers[0]).resample[1])
         waiting = frames * (last.in_channels * stored + head.out_channels * positions[head])
         # All of it is done as often as it takes.
         high = Need(high.past, high.passing, high.macs * frames // at_once)
@@ -185,26 +170,33 @@ class Budget:
         _, h, w = self._shape
         return _parts(self._decoder, h * w, self._positions(plan, largest=largest), self._past, plan.frames_at_once)
 
+    def least_bytes(self) -> int:
+        """What the plan takes that takes least."""
+        return min(map(self.num_bytes, self._plans(1)))
+
     def best_plan(self, budget_bytes: int) -> DecodePlan:
         """The plan of least work among those that take no more than `budget_bytes`.
 
         Raises:
             UsageError: there is none.
         """
-        _, h, w = self._shape
-        grids = list(product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1)))
-        least = 0
-        for frames in (None, 1):
-            plans = [DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames) for rows, cols in grids]
-            sizes = {plan: self.num_bytes(plan) for plan in plans}
-            fitting = [plan for plan in plans if sizes[plan] <= budget_bytes]
+        for frames_at_once in (None, 1):
+            fitting = [plan for plan in self._plans(frames_at_once) if self.num_bytes(plan) <= budget_bytes]
             if fitting:
                 return min(fitting, key=lambda plan: (self.work(plan), plan.num_tiles))
-            least = min(sizes.values())
+        t, h, w = self._shape
         raise UsageError(
-            f"budget_bytes={budget_bytes} is too little to decode {self._shape[0]} x {h} x {w} latents: the smallest "
-            f"tiles need {least}; allow that, or choose a smaller number format, a smaller picture or fewer frames"
+            f"budget_bytes={budget_bytes} is too little to decode {t} x {h} x {w} latents: the smallest tiles need "
+            f"{self.least_bytes()}; allow that, or choose a smaller number format, a smaller picture or fewer frames"
         )
+
+    def _plans(self, frames_at_once: int | None) -> list[DecodePlan]:
+        """All that are looked at."""
+        _, h, w = self._shape
+        counts = product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1))
+        return [
+            DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts
+        ]
 
     def _positions(self, plan: DecodePlan, *, largest: bool) -> Positions:
         """By layer, the positions that it computes: in the largest tile, or in all tiles together."""

@@ -83,7 +83,9 @@ class Decoder(nn.Module):
         """
         layers = self.upsamples[self.first_upsampling : self.last_upsampling]
         if self.kernels == "triton":
-            return fused.run(list(layers), x, past)
+            given = [x]
+            del x  # only the list holds it now
+            return fused.run(list(layers), given, past)
         for layer in layers:
             x = layer(x, past)
         return x
@@ -103,7 +105,9 @@ class Decoder(nn.Module):
         if frames_at_once is None or frames_at_once >= x.shape[2]:
             layers = self.upsamples[self.last_upsampling :]
             if self.kernels == "triton":
-                return fused.run([*layers, self.head], x, past)
+                given = [x]
+                del x  # only the list holds it now
+                return fused.run([*layers, self.head], given, past)
             for layer in layers:
                 x = layer(x, past)
             return norm_silu_conv(((self.head["0"], self.head["2"]),), x, past, overwrite=True)

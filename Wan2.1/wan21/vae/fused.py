@@ -20,12 +20,12 @@ from wan21.vae.layers import ResidualBlock, RmsNorm, Upsample
 from wan21.vae.past import Past
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> Tensor:
-    """What `layers` make of x [B, C, T, H, W], one after the other.
+def run(layers: Sequence[nn.Module], given: list[Tensor], past: Past) -> Tensor:
+    """What `layers` make of a tensor [B, C, T, H, W], one after the other.
 
     Args:
         layers: an `Upsample` first, then such and `ResidualBlock`, and at the end perhaps the decoder's head.
-        x: channels last.
+        given: the tensor, channels last, in a list that is emptied: it is let go of as soon as the first layer is done.
         past: of this pass.
 
     Raises:
@@ -36,6 +36,7 @@ def run(layers: Sequence[nn.Module], x: Tensor, past: Past) -> Tensor:
     """
     if torch.is_grad_enabled():
         raise UsageError("kernels=triton computes no gradients; choose kernels=torch, or call it under torch.no_grad()")
+    x = given.pop()
     normed: list[Tensor] = []  # what the norm before the next layer made of x
     for index, layer in enumerate(layers):
         norm = _first_norm(layers[index + 1]) if index + 1 < len(layers) else None

@@ -4,16 +4,17 @@ Why: the table in `wan21.kernels.vae_blocks` and what the documentation says of 
 shape all candidate block shapes are compiled in processes of their own, timed in this one, and compared with cuDNN's
 result; nothing is started after the time budget. Weights and inputs are random.
 
-    python scripts/bench_vae.py                # all of it, some 150 s
-    python scripts/bench_vae.py --seconds 0    # no candidates: only what the table holds
+    python scripts/bench_vae.py --seconds 180    # videos first, then candidates until the time is over
+    python scripts/bench_vae.py --seconds 0      # no candidates: only what the table holds
 """
 
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import zip_longest
 from multiprocessing import get_context
 from statistics import median
 
@@ -25,12 +26,15 @@ from wan21.config import WAN_VAE
 from wan21.kernels.vae_blocks import Blocks, blocks_for, candidates, fits_one_program
 from wan21.runtime import Runtime, make_runtime
 from wan21.vae import WHOLE, Budget, DecodePlan, Vae
+from wan21.vae.warm_up import warm_up
 from wan21.weights.load import materialize, module_shapes
 from wan21.weights.random import RandomSource
 from wan_sweep.units import format_gib, format_seconds
 
 REPEATS = 5
 NUM_PROCESSES = 12
+COMPILED_BEFORE_SECONDS = 45
+MOST_ROWS = 10
 LATENTS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -150,9 +154,11 @@ def seconds_of(call: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def compile_one(shape: Shape, dtype: torch.dtype, blocks: Blocks) -> float:
-    """Compiles a kernel by running it on a picture of one tile, so that it is in Triton's cache; seconds."""
+    """Compiles kernels by running them on a picture of one tile, so that they are in Triton's cache; seconds."""
     started = time.perf_counter()
-    Tensors.make(shape, dtype, 16, 16).ours(shape, blocks, norms=norms_of(shape, blocks))
+    tensors = Tensors.make(shape, dtype, 16, 16)
+    for norms in {False, norms_of(shape, blocks)}:
+        tensors.ours(shape, blocks, norms=norms)
     torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -170,62 +176,71 @@ def error_of(tensors: Tensors, shape: Shape, blocks: Blocks, expected: Tensor) -
     return (out.float() - expected.float()).abs().max().item()
 
 
-def say(shape: object, what: str, seconds: float, flop: float, rest: str = "") -> None:
+def say(what: str, seconds: float, flop: float, rest: str = "") -> None:
     """A row."""
-    print(f"{shape!s:<24}{what:<44}{seconds * 1e3:>9.3f} ms{flop / seconds / 1e12:>8.0f} TFLOP/s  {rest}", flush=True)
+    print(f"    {what:<36}{seconds * 1e3:>9.3f} ms{flop / seconds / 1e12:>8.0f} TFLOP/s  {rest}", flush=True)
 
 
-def bench_convolutions(seconds: float) -> None:
-    """The table of convolutions."""
-    deadline = time.perf_counter() + seconds
-    todo = defaultdict(list)
+def bench_convolutions(deadline: float | None) -> None:
+    """The table of convolutions: all candidates until the deadline, or without one what the table holds."""
+    found = defaultdict(list)
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as pool:
         jobs: dict[Future[float], tuple[Shape, str, Blocks]] = {}
-        plans = [(shape, name, list(tries(shape, name, seconds))) for shape in SHAPES for name in DTYPES]
-        for rank in range(max(len(blocks) for *_, blocks in plans)):
-            for shape, name, blocks in plans:
-                if rank < len(blocks):
-                    jobs[pool.submit(compile_one, shape, DTYPES[name], blocks[rank])] = (shape, name, blocks[rank])
+        plans = [
+            (shape, name, tries(shape, name, everything=deadline is not None)) for name in DTYPES for shape in SHAPES
+        ]
+        for row in zip_longest(*(blocks for *_, blocks in plans)):
+            for (shape, name, _), blocks in zip(plans, row, strict=True):
+                if blocks is not None:
+                    jobs[pool.submit(compile_one, shape, DTYPES[name], blocks)] = (shape, name, blocks)
         for job in as_completed(jobs):
-            todo[jobs[job][:2]].append((jobs[job][2], job.exception(), None if job.exception() else job.result()))
-            if seconds and time.perf_counter() > deadline:
+            shape, name, blocks = jobs[job]
+            problem = job.exception()
+            if problem is None:
+                found[shape, name].append(blocks)
+            else:
+                print(f"{shape} {name} {words(blocks)}: {str(problem).splitlines()[0][:90]}")
+            if deadline is not None and time.perf_counter() > deadline - COMPILED_BEFORE_SECONDS:
                 break
         pool.shutdown(wait=False, cancel_futures=True)
-    compiled = [took for found in todo.values() for _, _, took in found if took is not None]
-    print(f"{len(compiled)} kernels compiled, {format_seconds(median(compiled))} each\n")
-    for (shape, name), found in sorted(todo.items(), key=lambda item: (SHAPES.index(item[0][0]), item[0][1])):
-        print(f"--- {shape}, {name}, {shape.count} times for each latent frame")
-        tensors = Tensors.make(shape, DTYPES[name], shape.height, shape.width)
-        x = tensors.joined(shape)
-        expected = tensors.cudnn(shape, x)
-        say(shape, "cuDNN", seconds_of(lambda s=shape, t=tensors, x=x: t.cudnn(s, x)), shape.flop)
-        rows = []
-        for blocks, problem, took in found:
-            label = f"f{blocks.frames} {blocks.tile_h}x{blocks.tile_w} k{blocks.k} n{blocks.channels[0]}"
-            label += f"+{blocks.channels[1]} w{blocks.num_warps} s{blocks.num_stages}"
-            if problem is not None:
-                print(f"{label}: {str(problem).splitlines()[0][:110]}")
-                continue
-            error = error_of(tensors, shape, blocks, expected)
-            plain = seconds_of(lambda s=shape, t=tensors, b=blocks: t.ours(s, b, norms=False))
-            rest = f"largest difference {error:.1e}, compiled in {took:.1f} s"
-            if norms_of(shape, blocks):
-                normed = seconds_of(lambda s=shape, t=tensors, b=blocks: t.ours(s, b, norms=True))
-                rest = f"with norm {normed * 1e3:.3f} ms, {rest}"
-            rows.append((plain, label, rest))
-        for plain, label, rest in sorted(rows):
-            say("", label, plain, shape.flop, rest)
-        del tensors, x, expected
-    torch.cuda.empty_cache()
+    for (shape, name), compiled in sorted(found.items(), key=lambda item: (item[0][1], SHAPES.index(item[0][0]))):
+        if deadline is None or time.perf_counter() < deadline:
+            bench_shape(shape, name, compiled)
+            torch.cuda.empty_cache()
 
 
-def tries(shape: Shape, name: str, seconds: float) -> Iterator[Blocks]:
-    """All candidates, or if there is no time what the table holds."""
+def bench_shape(shape: Shape, name: str, compiled: list[Blocks]) -> None:
+    """The convolution by cuDNN, and ours for each way to cut it, the fastest first."""
+    print(f"--- {shape}, {name}, {shape.count} times for each latent frame")
+    tensors = Tensors.make(shape, DTYPES[name], shape.height, shape.width)
+    x = tensors.joined(shape)
+    expected = tensors.cudnn(shape, x)
+    say("cuDNN", seconds_of(lambda: tensors.cudnn(shape, x)), shape.flop)
+    rows = []
+    for blocks in compiled:
+        error = error_of(tensors, shape, blocks, expected)
+        plain = seconds_of(lambda blocks=blocks: tensors.ours(shape, blocks, norms=False))
+        rest = f"largest difference {error:.1e}"
+        if norms_of(shape, blocks):
+            normed = seconds_of(lambda blocks=blocks: tensors.ours(shape, blocks, norms=True))
+            rest = f"with norm {normed * 1e3:.3f} ms, {rest}"
+        rows.append((plain, words(blocks), rest))
+    for plain, label, rest in sorted(rows)[:MOST_ROWS]:
+        say(label, plain, shape.flop, rest)
+
+
+def words(blocks: Blocks) -> str:
+    """A way to cut in short."""
+    n1, n2 = blocks.channels
+    way = "shared" if blocks.shares else "single"
+    size = f"f{blocks.frames} {blocks.tile_h}x{blocks.tile_w} k{blocks.k} n{n1}+{n2}"
+    return f"{size} {way} w{blocks.num_warps} s{blocks.num_stages}"
+
+
+def tries(shape: Shape, name: str, *, everything: bool) -> list[Blocks]:
+    """All candidates, or what the table holds."""
     size = (shape.c_in, shape.c_out, shape.frames, DTYPES[name].itemsize)
-    if seconds:
-        yield from candidates(*size)
-    else:
-        yield blocks_for(*size)
+    return list(candidates(*size, shape.taps)) if everything else [blocks_for(*size)]
 
 
 def make_vae(dtype: torch.dtype, runtime: Runtime) -> Vae:
@@ -238,60 +253,61 @@ def make_vae(dtype: torch.dtype, runtime: Runtime) -> Vae:
 
 
 def decode(vae: Vae, latents: Tensor, plan: DecodePlan, runtime: Runtime) -> tuple[float, str, Tensor]:
-    """Seconds, peaks beside the weights in words, and the video on the host."""
-    num_frames, height, width = (4 * latents.shape[2] - 3, 8 * latents.shape[3], 8 * latents.shape[4])
-    video = torch.empty(1, 3, num_frames, height, width)
-    for _ in vae.decode_pieces(latents[:, :, :3], plan):
-        pass
+    """Seconds, peaks beside the weights in words, and the video's start on the host."""
+    start: list[Tensor] = []
+    for piece in vae.decode_pieces(latents[:, :, :3], plan):
+        start.append(piece.pixels.cpu())
+        del piece
     runtime.synchronize()
     runtime.empty_cache()
     runtime.reset_memory_peaks()
-    before = runtime.memory()
-    started = time.perf_counter()
+    before, started = runtime.memory(), time.perf_counter()
     for _ in vae.decode_pieces(latents, plan):
         pass
     runtime.synchronize()
     seconds, after = time.perf_counter() - started, runtime.memory()
-    peaks = f"{format_gib(after.allocated_peak_bytes - before.allocated_bytes):>8}"
-    peaks += f"{format_gib(after.reserved_peak_bytes - before.reserved_bytes):>8}"
-    for piece in vae.decode_pieces(latents, plan):
-        video[:, :, piece.frames, piece.rows, piece.cols] = piece.pixels.cpu()
-        del piece
-    return seconds, peaks, video
+    peaks = f"{format_gib(after.allocated_peak_bytes - before.allocated_bytes):>10}"
+    peaks += f"{format_gib(after.reserved_peak_bytes - before.reserved_bytes):>10}"
+    return seconds, peaks, torch.cat([pixels.flatten() for pixels in start])
 
 
 def bench_decodes(runtime: Runtime) -> None:
     """Whole videos, both ways, with peaks and the largest difference to the plain way."""
-    print(
-        f"\n{'81 frames':<36}{'seconds':>9}{'GiB allocated':>15}{'reserved':>9}  largest and mean difference to torch"
-    )
+    for name, dtype in DTYPES.items():
+        started = time.perf_counter()
+        warm_up(WAN_VAE, dtype, runtime.device)
+        runtime.synchronize()
+        print(f"{name}: kernels compiled in {format_seconds(time.perf_counter() - started)}", flush=True)
+    head = f"{'seconds':>9}{'allocated':>10}{'reserved':>10} GiB"
+    print(f"\n{'81 frames':<36}{head}   difference to torch in the first 9: largest, mean")
     for name, dtype in DTYPES.items():
         vae = make_vae(dtype, runtime)
         for size, (t, h, w) in LATENTS.items():
             latents = torch.randn(1, WAN_VAE.z_dim, t, h, w, device="cuda", generator=runtime.generator(1))
-            budget = Budget(vae.decoder, (t, h, w), itemsize=dtype.itemsize)
             plans = {"whole": WHOLE}
             if size == "480p":
-                plans |= {"single frames": DecodePlan(frames_at_once=1), "tiles": budget.best_plan(2**28 * dtype.itemsize)}
-            reference = None
+                budget = Budget(vae.decoder, (t, h, w), itemsize=dtype.itemsize)
+                plans["tiles"] = budget.best_plan(2**28 * dtype.itemsize)
             for label, plan in plans.items():
+                reference = None
                 for kernels in ("torch", "triton"):
                     vae.decoder.kernels = kernels
-                    seconds, peaks, video = decode(vae, latents, plan, runtime)
-                    reference = video if reference is None else reference
-                    difference = (video - reference).abs()
-                    row = f"{f'{size} {name} {label} {kernels}':<36}{format_seconds(seconds):>9}       {peaks}"
-                    print(f"{row}     {difference.max().item():.2e} {difference.mean().item():.2e}", flush=True)
-            if size == "480p":
-                precise = exact_difference(vae, latents[:, :, :5], runtime) if dtype == torch.float32 else ""
-                print(precise, end="")
+                    seconds, peaks, start = decode(vae, latents, plan, runtime)
+                    difference = 0 * start if reference is None else (start - reference).abs()
+                    reference = start if reference is None else reference
+                    row = f"{f'{size} {name} {label} {kernels}':<36}{format_seconds(seconds):>9}{peaks}"
+                    print(f"{row}       {difference.max().item():.2e} {difference.mean().item():.2e}", flush=True)
+        if dtype == torch.float32:
+            print(exact_difference(vae, runtime))
         profile(vae, name, runtime)
         del vae
         runtime.empty_cache()
 
 
-def exact_difference(vae: Vae, latents: Tensor, runtime: Runtime) -> str:
+def exact_difference(vae: Vae, runtime: Runtime) -> str:
     """How far TF32 takes either way from float32 products."""
+    _, h, w = LATENTS["480p"]
+    latents = torch.randn(1, WAN_VAE.z_dim, 3, h, w, device="cuda", generator=runtime.generator(1))
     videos = {}
     for kernels in ("torch", "triton"):
         vae.decoder.kernels = kernels
@@ -304,15 +320,15 @@ def exact_difference(vae: Vae, latents: Tensor, runtime: Runtime) -> str:
     for kernels, video in videos.items():
         difference = (video - exact).abs()
         lines.append(f"  TF32 {kernels} against float32: {difference.max():.2e} at most, {difference.mean():.2e} mean")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def profile(vae: Vae, name: str, runtime: Runtime) -> None:
-    """Where the time of our way goes: the kernels that take longest."""
+    """Where the time of either way goes: the kernels that take longest."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    t, h, w = LATENTS["480p"]
+    _, h, w = LATENTS["480p"]
     latents = torch.randn(1, WAN_VAE.z_dim, 6, h, w, device="cuda", generator=runtime.generator(1))
     for kernels in ("torch", "triton"):
         vae.decoder.kernels = kernels
@@ -324,22 +340,22 @@ def profile(vae: Vae, name: str, runtime: Runtime) -> None:
         total = sum(row.device_time_total for row in rows)
         print(f"\n{name} {kernels}, 21 frames, 480p: {format_seconds(total / 1e6)} on the GPU")
         for row in rows[:14]:
-            print(f"{row.device_time_total / 1e3:>9.2f} ms {row.count:>5} x  {row.key[:96]}")
+            print(f"{row.device_time_total / 1e3:>9.2f} ms {row.count:>5} x  {row.key[:96]}", flush=True)
 
 
 def main() -> None:
+    """Entry point."""
+    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--seconds", type=float, default=70.0, help="for compiling candidates; 0: only the table's rows"
-    )
+    parser.add_argument("--seconds", type=float, default=0.0, help="time for everything; 0: no candidates")
     parser.add_argument("--no-decode", action="store_true", help="convolutions only")
     arguments = parser.parse_args()
     runtime = make_runtime("cuda")
     print(runtime.facts(), f"torch {torch.__version__}")
     with torch.no_grad():
-        bench_convolutions(arguments.seconds)
         if not arguments.no_decode:
             bench_decodes(runtime)
+        bench_convolutions(started + arguments.seconds if arguments.seconds else None)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,9 @@ def test_a_longer_video_takes_more_only_for_the_latents_and_the_features_of_all_
     peaks = []
     for t in (4, 6):
         latents = torch.empty(1, CONFIG.z_dim, t, H, W, device="meta")
-        peaks.append(live_bytes(either_vae, latents, grid(1, 2))[-1][0] - latents.nbytes - 4 * 4 * CONFIG.base_dim * t * H * W)
+        peaks.append(
+            live_bytes(either_vae, latents, grid(1, 2))[-1][0] - latents.nbytes - 4 * 4 * CONFIG.base_dim * t * H * W
+        )
     assert peaks[0] == peaks[1]
 
 

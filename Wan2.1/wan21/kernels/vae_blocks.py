@@ -6,6 +6,7 @@ at run time, so that every run does the same and none spends its first seconds t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 MIN_K = 16
 """The fewest rows, columns and numbers along the sum that a product takes in Triton."""
@@ -22,6 +23,8 @@ class Blocks:
     tile_h, tile_w: positions of a program in each of them.
     k: input channels that are multiplied at once.
     channels: output channels of a program, as a sum of two powers of two (the second may be 0).
+    shares: an input frame's tile is read once for all output frames; else once for each, and products need not wait
+        for one another.
     num_warps, num_stages: as Triton means them.
     """
 
@@ -30,6 +33,7 @@ class Blocks:
     tile_w: int
     k: int
     channels: tuple[int, int]
+    shares: bool
     num_warps: int
     num_stages: int
 
@@ -58,11 +62,15 @@ def default_blocks(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blo
         k //= 2
     most_frames = 4 if sum(channels) <= 96 else 2
     frames = max(frames for frames in (1, 2, 4) if frames <= most_frames and num_frames % frames == 0)
-    return Blocks(frames=frames, tile_h=8, tile_w=16, k=k, channels=channels, num_warps=8, num_stages=3)
+    return Blocks(frames=frames, tile_h=8, tile_w=16, k=k, channels=channels, shares=True, num_warps=8, num_stages=3)
 
 
-MEASURED: dict[tuple[int, int, int, int], Blocks] = {}
-"""By input and output channels, frames, and bytes of a number."""
+MEASURED: dict[tuple[int, int, int, int], Blocks] = {
+    (96, 96, 4, 4): Blocks(
+        frames=2, tile_h=8, tile_w=8, k=16, channels=(64, 32), shares=True, num_warps=4, num_stages=3
+    ),
+}
+"""By input and output channels, frames, and bytes of a number, where the default is not the fastest."""
 
 
 def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blocks:
@@ -71,23 +79,21 @@ def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blocks:
     return measured or default_blocks(c_in, c_out, num_frames, itemsize)
 
 
-def candidates(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Iterator[Blocks]:
+TILES = (((8, 16), 8), ((8, 8), 4), ((8, 16), 4), ((16, 16), 8))
+"""Positions of a tile, and warps for it."""
+
+
+def candidates(c_in: int, c_out: int, num_frames: int, itemsize: int, taps: int = 3) -> Iterator[Blocks]:
     """The blocks worth trying, the likeliest first."""
     base = default_blocks(c_in, c_out, num_frames, itemsize)
-    ks = [k for k in (64 // itemsize, 128 // itemsize) if k >= MIN_K and c_in % k == 0] or [base.k]
-    seen = []
-    for frames in (4, 2, 1):
-        if num_frames % frames:
-            continue
-        for k in ks:
-            for tile, warps in (((8, 16), 8), ((16, 16), 8), ((8, 16), 4), ((8, 8), 4)):
-                for stages in (3, 4, 2):
-                    blocks = replace(
-                        base, frames=frames, k=k, tile_h=tile[0], tile_w=tile[1], num_warps=warps, num_stages=stages
-                    )
-                    if blocks not in seen and fits(blocks, itemsize):
-                        seen.append(blocks)
-                        yield blocks
+    yield base
+    for frames, ((tile_h, tile_w), num_warps), shares in product((4, 2, 1), TILES, (True, False)):
+        if num_frames % frames == 0 and (taps > 1 or not shares):
+            one = replace(base, frames=frames, tile_h=tile_h, tile_w=tile_w, num_warps=num_warps, shares=shares)
+            fitting = [
+                blocks for stages in (4, 3, 2) if fits(blocks := replace(one, num_stages=stages), itemsize, taps)
+            ]
+            yield from (blocks for blocks in fitting[:2] if blocks != base)
 
 
 REGISTERS = 232
@@ -96,12 +102,11 @@ REGISTERS = 232
 SHARED_BYTES = 227 * 2**10
 """Of a multiprocessor since Hopper, for one program."""
 
-TAPS = 3
 
-
-def fits(blocks: Blocks, itemsize: int, taps: int = TAPS) -> bool:
+def fits(blocks: Blocks, itemsize: int, taps: int = 3) -> bool:
     """Whether sums fit the registers and tiles the shared memory."""
     rows = blocks.tile_h * blocks.tile_w
     sums = blocks.frames * rows * sum(blocks.channels) // (32 * blocks.num_warps)
-    tiles = (blocks.frames + taps - 1) * rows + taps * sum(blocks.channels)
+    read_at_once = taps if blocks.shares else 1
+    tiles = (blocks.frames + read_at_once - 1) * rows + read_at_once * sum(blocks.channels)
     return sums <= REGISTERS and tiles * blocks.k * itemsize * blocks.num_stages <= SHARED_BYTES

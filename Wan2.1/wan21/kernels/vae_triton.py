@@ -71,13 +71,39 @@ def _normed(values, scale, gamma, channels, TO_TF32: tl.constexpr, C_OUT: tl.con
     return _rounded(values * tl.sigmoid(values), TO_TF32)
 
 
+@triton.jit
+def _places(y, x, tap, c, height, width, C_IN: tl.constexpr, BLOCK_K: tl.constexpr, UPSAMPLES: tl.constexpr):
+    """Where in a frame [H, W, C] a tap's channels lie for the positions (y, x), and which of them are there."""
+    y = y + tap // 3 - 1
+    x = x + tap % 3 - 1
+    inside = (y >= 0) & (x >= 0)
+    if UPSAMPLES:
+        inside = inside & (y < 2 * height) & (x < 2 * width)
+        y = y // 2
+        x = x // 2
+    else:
+        inside = inside & (y < height) & (x < width)
+    mask = inside[:, None]
+    if C_IN % BLOCK_K:
+        mask = mask & (c < C_IN)[None, :]
+    return (y * width + x)[:, None] * C_IN + c[None, :], mask
+
+
+@triton.jit
+def _weights(row, c, n, K: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, IS_PADDED: tl.constexpr):
+    """A tap's weights [channels in, channels out]."""
+    if IS_PADDED:
+        return tl.load(row + n[None, :] * K, mask=(c < C_IN)[:, None] & (n < C_OUT)[None, :], other=0.0)
+    return tl.load(row + n[None, :] * K)
+
+
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "top", "left", "missing", "out_positions"])
 def conv_kernel(
     frames, weight, bias, gamma, outs, normed,
     height, width, out_height, out_width, top, left, missing, out_positions,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, FRAMES: tl.constexpr, TAPS: tl.constexpr, TILE_H: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, UPSAMPLES: tl.constexpr,
-    ADDS: tl.constexpr, KEEPS: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARES: tl.constexpr, ADDS: tl.constexpr, KEEPS: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
     TO_TF32: tl.constexpr,
 ):  # fmt: skip
     """See `conv`."""
@@ -97,42 +123,47 @@ def conv_kernel(
     if N2 > 0:
         n2 = first + N1 + tl.arange(0, N2)
         sums2 = _zeros(FRAMES, TILE_H * TILE_W, N2)
+    IS_PADDED: tl.constexpr = C_IN % BLOCK_K != 0 or C_OUT % (N1 + N2) != 0
     ks = tl.arange(0, BLOCK_K)
-    for step in range(9 * CHUNKS):
-        tap = step // CHUNKS
-        c = (step % CHUNKS) * BLOCK_K + ks
-        in_y = y + top + tap // 3 - 1
-        in_x = x + left + tap % 3 - 1
-        inside = (in_y >= 0) & (in_x >= 0)
-        if UPSAMPLES:
-            inside = inside & (in_y < 2 * height) & (in_x < 2 * width)
-            in_y = in_y // 2
-            in_x = in_x // 2
-        else:
-            inside = inside & (in_y < height) & (in_x < width)
-        offsets = (in_y * width + in_x)[:, None] * C_IN + c[None, :]
-        mask = inside[:, None]
-        if C_IN % BLOCK_K:
-            mask = mask & (c < C_IN)[None, :]
-        # Weights lie as [C', taps in time, 3, 3, C].
-        weights1 = ()
-        weights2 = ()
-        for dt in tl.static_range(TAPS):
-            row = weight + (dt * 9 + tap) * C_IN + c[:, None]
-            if C_OUT % (N1 + N2) or C_IN % BLOCK_K:
-                w = tl.load(row + n1[None, :] * K, mask=(c < C_IN)[:, None] & (n1 < C_OUT)[None, :], other=0.0)
-            else:
-                w = tl.load(row + n1[None, :] * K)
-            weights1 = weights1 + (w,)
-            if N2 > 0:
-                weights2 = weights2 + (tl.load(row + n2[None, :] * K),)
-        for i in tl.static_range(FRAMES + TAPS - 1):
-            values = tl.load(frames[i] + batch * height * width * C_IN + offsets, mask=mask & (i >= missing), other=0.0)
+    batch_start = batch * height * width * C_IN
+    # Weights lie as [C', taps in time, 3, 3, C].
+    if SHARES:
+        for step in range(9 * CHUNKS):
+            tap = step // CHUNKS
+            c = (step % CHUNKS) * BLOCK_K + ks
+            offsets, mask = _places(y + top, x + left, tap, c, height, width, C_IN, BLOCK_K, UPSAMPLES)
+            weights1 = ()
+            weights2 = ()
             for dt in tl.static_range(TAPS):
-                if i >= dt and i - dt < FRAMES:
-                    sums1 = _with_product(sums1, i - dt, values, weights1[dt], PRECISION)
-                    if N2 > 0:
-                        sums2 = _with_product(sums2, i - dt, values, weights2[dt], PRECISION)
+                row = weight + (dt * 9 + tap) * C_IN + c[:, None]
+                weights1 = weights1 + (_weights(row, c, n1, K, C_IN, C_OUT, IS_PADDED),)
+                if N2 > 0:
+                    weights2 = weights2 + (_weights(row, c, n2, K, C_IN, C_OUT, IS_PADDED),)
+            for i in tl.static_range(FRAMES + TAPS - 1):
+                values = tl.load(frames[i] + batch_start + offsets, mask=mask & (i >= missing), other=0.0)
+                for dt in tl.static_range(TAPS):
+                    if i >= dt and i - dt < FRAMES:
+                        sums1 = _with_product(sums1, i - dt, values, weights1[dt], PRECISION)
+                        if N2 > 0:
+                            sums2 = _with_product(sums2, i - dt, values, weights2[dt], PRECISION)
+    else:
+        for step in range(TAPS * 9 * CHUNKS):
+            dt = step % TAPS
+            tap = step // TAPS // CHUNKS
+            c = (step // TAPS % CHUNKS) * BLOCK_K + ks
+            offsets, mask = _places(y + top, x + left, tap, c, height, width, C_IN, BLOCK_K, UPSAMPLES)
+            row = weight + (dt * 9 + tap) * C_IN + c[:, None]
+            weights1 = _weights(row, c, n1, K, C_IN, C_OUT, IS_PADDED)
+            if N2 > 0:
+                weights2 = _weights(row, c, n2, K, C_IN, C_OUT, IS_PADDED)
+            for j in tl.static_range(FRAMES):
+                frame = frames[j]
+                for i in tl.static_range(1, TAPS):
+                    frame = tl.where(dt == i, frames[j + i], frame)
+                values = tl.load(frame + batch_start + offsets, mask=mask & (j + dt >= missing), other=0.0)
+                sums1 = _with_product(sums1, j, values, weights1, PRECISION)
+                if N2 > 0:
+                    sums2 = _with_product(sums2, j, values, weights2, PRECISION)
     is_out = ((y < out_height) & (x < out_width))[:, None]
     mask1 = is_out & (n1 < C_OUT)[None, :]
     offsets = (y * out_width + x)[:, None] * C_OUT
@@ -241,6 +272,7 @@ def conv(
             N1=n1,
             N2=n2,
             UPSAMPLES=upsamples,
+            SHARES=blocks.shares,
             ADDS=adds,
             KEEPS=out is not None,
             NORMS=bool(normed),

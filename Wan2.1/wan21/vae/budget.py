@@ -29,6 +29,7 @@ MIN_TILE = 8
 SINGLE_FRAME_WORK = 1.06
 """How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
 
+
 def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
     first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
     in_dim, out_dim = first.in_channels, first.out_channels
@@ -46,7 +47,9 @@ def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, s
 def _attention(block: AttentionBlock, positions: Positions, frames: int) -> Need:
     computed = frames * positions[block]
     # The input, normed, and queries, keys and values. The products of attention itself are left out of the work.
-    return Need(0, 5 * block.proj.in_channels * computed, macs_of(block.to_qkv, computed) + macs_of(block.proj, computed))
+    return Need(
+        0, 5 * block.proj.in_channels * computed, macs_of(block.to_qkv, computed) + macs_of(block.proj, computed)
+    )
 
 
 def _upsample(layer: Upsample, positions: Positions, frames: int, past: int, stored: int) -> Need:

@@ -99,7 +99,7 @@ class Tensors:
     @classmethod
     def make(cls, shape: Shape, dtype: torch.dtype, height: int, width: int) -> "Tensors":
         """Random ones."""
-        from wan21.kernels.vae_triton import packed
+        from wan21.kernels.gpu.vae import packed
 
         lower = 2 if shape.upsamples else 1
         size = (1, shape.c_in, height // lower, width // lower)
@@ -118,7 +118,7 @@ class Tensors:
 
     def ours(self, shape: Shape, blocks: Blocks, *, norms: bool) -> None:
         """Our kernel, as the decoder calls it: with the residual's addition and, if asked, the norm behind it."""
-        from wan21.kernels.vae_triton import conv
+        from wan21.kernels.gpu.vae import conv
 
         is_block = shape.c_in == shape.c_out
         gamma, normed = (self.gamma, self.normed) if norms else (None, [])
@@ -290,7 +290,7 @@ def bench_decodes(runtime: Runtime) -> None:
                 plans["tiles"] = budget.best_plan(2**28 * dtype.itemsize)
             for label, plan in plans.items():
                 reference = None
-                for kernels in ("torch", "triton"):
+                for kernels in ("torch", "fused"):
                     vae.decoder.kernels = kernels
                     seconds, peaks, start = decode(vae, latents, plan, runtime)
                     difference = 0 * start if reference is None else (start - reference).abs()
@@ -309,7 +309,7 @@ def exact_difference(vae: Vae, runtime: Runtime) -> str:
     _, h, w = LATENTS["480p"]
     latents = torch.randn(1, WAN_VAE.z_dim, 3, h, w, device="cuda", generator=runtime.generator(1))
     videos = {}
-    for kernels in ("torch", "triton"):
+    for kernels in ("torch", "fused"):
         vae.decoder.kernels = kernels
         videos[kernels] = decode(vae, latents, WHOLE, runtime)[2]
     vae.decoder.kernels = "torch"
@@ -330,7 +330,7 @@ def profile(vae: Vae, name: str, runtime: Runtime) -> None:
 
     _, h, w = LATENTS["480p"]
     latents = torch.randn(1, WAN_VAE.z_dim, 6, h, w, device="cuda", generator=runtime.generator(1))
-    for kernels in ("torch", "triton"):
+    for kernels in ("torch", "fused"):
         vae.decoder.kernels = kernels
         with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
             for _ in vae.decode_pieces(latents):

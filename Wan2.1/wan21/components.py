@@ -98,7 +98,7 @@ class Components:
     def vae(self) -> Component[Vae]:
         """The VAE, encoder and decoder."""
         with torch.device("meta"):
-            module = Vae(self._spec.vae, dtype=DTYPES[self._options.vae_precision])
+            module = Vae(self._spec.vae, dtype=DTYPES[self._options.vae_precision], kernels=self._options.kernels)
         return self._load("vae", module, self._weights.vae, self._runtime.device)
 
     def _load(self, name: str, module: M, open_source: OpenSource, device: torch.device) -> Component[M]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from wan21.assets import Assets
-from wan21.components import Component, Components, blocks_to_run
+from wan21.components import DTYPES, Component, Components, blocks_to_run
 from wan21.config import COMPONENTS, ModelSpec, Options, Request
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.events import SILENT, Observer, Span
@@ -27,6 +27,7 @@ from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wan21.text.umt5 import TextEncoder
 from wan21.vae import choose_plan
 from wan21.vae.vae import Vae
+from wan21.vae.warm_up import warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,10 @@ class TextToVideo:
         Raises:
             UsageError: `vae_budget_gib` is too little; nothing has been loaded then.
         """
-        choose_plan(self._spec.vae, self._options, request.shape.latent)
+        plan = choose_plan(self._spec.vae, self._options, request.shape.latent)
+        if self._options.kernels == "fused":
+            warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime.device, plan.frames_at_once)
+            self._runtime.empty_cache()
         if not self._options.offload:
             with self._phase("load"):
                 self._t5 = self._t5 or self._components.t5()

@@ -46,19 +46,19 @@ def decoded(vae: Vae, kernels: str, latents: Tensor, plan: DecodePlan = WHOLE) -
 def test_decoding_with_our_kernels_gives_the_same_pixels(vae: Vae, plan: DecodePlan) -> None:
     latents = random_latents(1, 16, T, H, W)
     expected = decoded(vae, "torch", latents)
-    assert distance(decoded(vae, "triton", latents, plan), expected) <= TOLERANCE
+    assert distance(decoded(vae, "fused", latents, plan), expected) <= TOLERANCE
     assert expected.std().item() > 0.1
 
 
 def test_videos_of_a_batch_and_images_are_decoded_with_our_kernels(vae: Vae) -> None:
     for shape in ((2, 16, 2, 3, 4), (1, 16, 1, 3, 4)):
         latents = random_latents(*shape)
-        assert distance(decoded(vae, "triton", latents), decoded(vae, "torch", latents)) <= TOLERANCE
+        assert distance(decoded(vae, "fused", latents), decoded(vae, "torch", latents)) <= TOLERANCE
 
 
 def test_our_kernels_refuse_to_forget_gradients(vae: Vae) -> None:
-    vae.decoder.kernels = "triton"
-    with pytest.raises(UsageError, match="kernels=triton computes no gradients; choose kernels=torch"):
+    vae.decoder.kernels = "fused"
+    with pytest.raises(UsageError, match="kernels=fused computes no gradients; choose kernels=torch"):
         vae.decode(random_latents(1, 16, 1, 2, 2))
 
 
@@ -163,14 +163,14 @@ def test_the_kernel_computes_what_the_operator_says(name: str, adds: bool, dtype
 
 
 def compare_kernel(example: Example, *, adds: bool, tile: tuple[int, int] = (8, 16)) -> None:
-    from wan21.kernels import vae_triton
+    from wan21.kernels.gpu import vae as gpu_vae
 
     out, normed = example.outputs()
     weight = example.weight
     blocks = default_blocks(weight.shape[1], weight.shape[0], example.num_frames, weight.element_size())
-    vae_triton.conv(
+    gpu_vae.conv(
         example.window,
-        vae_triton.packed(weight),
+        gpu_vae.packed(weight),
         example.bias,
         example.gamma,
         out,
@@ -193,7 +193,7 @@ def compare_kernel(example: Example, *, adds: bool, tile: tuple[int, int] = (8, 
 def test_on_a_gpu_decoding_with_our_kernels_stays_within_tf32(plan: DecodePlan) -> None:
     vae = random_vae(96).to("cuda")
     latents = random_latents(1, 16, T, H, W).to("cuda")
-    expected, actual = decoded(vae, "torch", latents), decoded(vae, "triton", latents, plan)
+    expected, actual = decoded(vae, "torch", latents), decoded(vae, "fused", latents, plan)
     # A convolution's inputs are rounded to 11 bits either way, some 30 times in a row, and not in the same direction.
     assert (actual - expected).norm().item() <= 2e-3 * expected.norm().item()
 

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from wan21.config import WAN_VAE, VaeConfig
+from wan21.config import WAN_VAE, Kernels, VaeConfig
 from wan21.errors import UsageError
 from wan21.runtime import CpuRuntime
 from wan21.vae import Vae
 from wan21.vae.budget import Budget
-from wan21.vae.decoder import Kernels
 from wan21.vae.past import Past
 from wan21.vae.plan import WHOLE, DecodePlan
 
@@ -61,7 +60,7 @@ def vae() -> Vae:
         return Vae(CONFIG)
 
 
-@pytest.fixture(scope="module", params=["torch", "triton"])
+@pytest.fixture(scope="module", params=["torch", "fused"])
 def either_vae(request: pytest.FixtureRequest) -> Vae:
     """With each of the two ways to decode."""
     with torch.device("meta"):
@@ -163,7 +162,7 @@ def test_the_bytes_of_a_plan_are_what_decoding_takes_in_full_width() -> None:
 
 def test_our_kernels_take_two_frames_less_and_need_no_halo_beyond_the_kept(vae: Vae) -> None:
     with torch.device("meta"):
-        ours = Vae(CONFIG, kernels="triton")
+        ours = Vae(CONFIG, kernels="fused")
     shape = (T, HEIGHT // 8, WIDTH // 8)
     plain, fused = (Budget(one.decoder, shape, itemsize=4) for one in (vae, ours))
     assert plain.num_bytes(WHOLE) - fused.num_bytes(WHOLE) == 2 * FRAME_BYTES
@@ -214,7 +213,7 @@ def test_tiles_take_less_on_a_real_device() -> None:
 
 @pytest.mark.parametrize("size", TARGETS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
 def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(
     size: str, itemsize: int, kernels: Kernels
 ) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from wan21.errors import UsageError
+
 MIN_K = 16
 """The fewest rows, columns and numbers along the sum that a product takes in Triton."""
 
@@ -43,7 +45,7 @@ def split_channels(count: int) -> tuple[int, int]:
     for part in (count // parts for parts in (1, 2, 3, 4) if count % parts == 0):
         largest = 1 << max(0, part.bit_length() - 1)
         rest = part - largest
-        if MIN_K <= largest and part <= MOST_CHANNELS and (not rest or (rest >= MIN_K and rest & (rest - 1) == 0)):
+        if largest >= MIN_K and part <= MOST_CHANNELS and (not rest or (rest >= MIN_K and rest & (rest - 1) == 0)):
             return largest, rest
     return max(MIN_K, min(128, 1 << (count - 1).bit_length())), 0
 
@@ -73,10 +75,30 @@ MEASURED: dict[tuple[int, int, int, int], Blocks] = {
 """By input and output channels, frames, and bytes of a number, where the default is not the fastest."""
 
 
-def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blocks:
-    """The blocks to use for a convolution of `num_frames` output frames."""
-    measured = MEASURED.get((c_in, c_out, num_frames, itemsize))
-    return measured or default_blocks(c_in, c_out, num_frames, itemsize)
+def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int, *, shared_bytes: int | None = None) -> Blocks:
+    """The blocks to use for a convolution of `num_frames` output frames.
+
+    Args:
+        c_in: input channels.
+        c_out: output channels.
+        num_frames: of the chunk.
+        itemsize: bytes of a number.
+        shared_bytes: what a program may have of a multiprocessor's shared memory; None: as much as on Hopper.
+
+    Raises:
+        UsageError: there is too little of it for even the smallest blocks.
+    """
+    asked = MEASURED.get((c_in, c_out, num_frames, itemsize)) or default_blocks(c_in, c_out, num_frames, itemsize)
+    limit = SHARED_BYTES if shared_bytes is None else shared_bytes
+    for frames in (frames for frames in (4, 2, 1) if frames <= asked.frames and num_frames % frames == 0):
+        for stages in range(asked.num_stages, 0, -1):
+            blocks = replace(asked, frames=frames, num_stages=stages)
+            if fits(blocks, itemsize, shared_bytes=limit):
+                return blocks
+    raise UsageError(
+        f"kernels=fused needs more shared memory than the {limit} bytes of this GPU for a convolution from {c_in} to "
+        f"{c_out} channels; choose kernels=torch"
+    )
 
 
 TILES = (((8, 16), 8), ((8, 8), 4), ((8, 16), 4), ((16, 16), 8))
@@ -103,10 +125,10 @@ SHARED_BYTES = 227 * 2**10
 """Of a multiprocessor since Hopper, for one program."""
 
 
-def fits(blocks: Blocks, itemsize: int, taps: int = 3) -> bool:
+def fits(blocks: Blocks, itemsize: int, taps: int = 3, *, shared_bytes: int = SHARED_BYTES) -> bool:
     """Whether sums fit the registers and tiles the shared memory."""
     rows = blocks.tile_h * blocks.tile_w
     sums = blocks.frames * rows * sum(blocks.channels) // (32 * blocks.num_warps)
     read_at_once = taps if blocks.shares else 1
     tiles = (blocks.frames + read_at_once - 1) * rows + read_at_once * sum(blocks.channels)
-    return sums <= REGISTERS and tiles * blocks.k * itemsize * blocks.num_stages <= SHARED_BYTES
+    return sums <= REGISTERS and tiles * blocks.k * itemsize * blocks.num_stages <= shared_bytes

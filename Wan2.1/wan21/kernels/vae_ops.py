@@ -1,6 +1,6 @@
 """The operations that our kernels do for the VAE, as torch operators: a profiler names them, fake tensors pass through.
 
-On CUDA they are the Triton kernels of `wan21.kernels.vae_triton`; on a CPU plain torch, which says what they compute.
+On CUDA they are the Triton kernels of `wan21.kernels.gpu.vae`; on a CPU plain torch, which says what they compute.
 Triton is imported at the first launch: PyTorch's builds without CUDA bring none.
 
 All tensors of frames are [B, C, H, W] with channels last, dense; `out` is [B, C', T, H', W'], channels last, dense.
@@ -26,9 +26,9 @@ def norm_silu(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
 
 @norm_silu.register_kernel("cuda")
 def _(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
-    from wan21.kernels import vae_triton
+    from wan21.kernels.gpu import vae as gpu_vae
 
-    vae_triton.norm_silu(frame, gamma, out)
+    gpu_vae.norm_silu(frame, gamma, out)
 
 
 @norm_silu.register_fake
@@ -94,13 +94,15 @@ def _(
     adds: bool,  # noqa: FBT001
     upsamples: bool,  # noqa: FBT001
 ) -> None:
-    from wan21.kernels import vae_triton
+    from wan21.kernels.gpu import vae as gpu_vae
 
     num_frames = len(normed) if out is None else out.shape[2]
-    blocks = blocks_for(weight.shape[1], weight.shape[0], num_frames, weight.element_size())
-    vae_triton.conv(
+    c_out, c_in = weight.shape[:2]
+    shared_bytes = gpu_vae.shared_bytes(weight.device)
+    blocks = blocks_for(c_in, c_out, num_frames, weight.element_size(), shared_bytes=shared_bytes)
+    gpu_vae.conv(
         window,
-        vae_triton.packed(weight),
+        gpu_vae.packed(weight),
         bias,
         gamma,
         out,

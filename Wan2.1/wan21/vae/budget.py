@@ -109,13 +109,13 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
     layers = list(decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling])
     last_layers = list(decoder.upsamples[decoder.last_upsampling :])
     head = cast("nn.Conv3d", decoder.head["2"])
-    if decoder.kernels == "triton":
+    if decoder.kernels == "fused":
         mid, frames = fused_chain(layers, last_layers[0], positions, 1, past)
         stored = positions[last_layers[0]] // 4
     else:
         mid, frames, stored = _chain(layers, positions, 1, past, positions[layers[0]] // 4)
     at_once = min(frames, frames_at_once or frames)
-    if decoder.kernels == "triton":
+    if decoder.kernels == "fused":
         high, _ = fused_chain([*last_layers, decoder.head], None, positions, at_once, past)
     else:
         high, _, _ = _chain(last_layers, positions, at_once, past, stored)

@@ -33,7 +33,7 @@ def choose_plan(config: VaeConfig, options: Options, latent_shape: tuple[int, in
         return WHOLE
     dtype = DTYPES[options.vae_precision]
     with torch.device("meta"):
-        decoder = Decoder(config, dtype=dtype)
+        decoder = Decoder(config, dtype=dtype, kernels=options.kernels)
     budget = Budget(decoder, latent_shape, itemsize=dtype.itemsize)
     least = budget.least_bytes()
     if options.vae_budget_gib * GIB < least:

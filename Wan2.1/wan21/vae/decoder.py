@@ -10,18 +10,16 @@ middle part in any number of frames at a time.
 Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t = (T - 1) / 4 + 1, h = H / 8, w = W / 8).
 """
 
-from typing import Literal, TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from wan21.config import VaeConfig
+from wan21.config import Kernels, VaeConfig
 from wan21.vae import fused
 from wan21.vae.layers import AttentionBlock, CausalConv3d, ResidualBlock, RmsNorm, Upsample, norm_silu_conv
 from wan21.vae.past import Past
 from wan21.vae.tiles import Interval, Window, Windows
-
-Kernels: TypeAlias = Literal["torch", "triton"]
 
 
 class Decoder(nn.Module):
@@ -30,7 +28,7 @@ class Decoder(nn.Module):
     Args:
         config: sizes.
         dtype: of the parameters.
-        kernels: "torch" runs layer by layer; "triton" runs the middle and the high part with kernels of our own.
+        kernels: "torch" runs layer by layer; "fused" runs the middle and the high part with kernels of our own.
     """
 
     def __init__(self, config: VaeConfig, *, dtype: torch.dtype, kernels: Kernels = "torch") -> None:
@@ -82,7 +80,7 @@ class Decoder(nn.Module):
             [B, C', T, H / 2, W / 2] for the default sizes; T is 1 for the first latent frame, else 4.
         """
         layers = self.upsamples[self.first_upsampling : self.last_upsampling]
-        if self.kernels == "triton":
+        if self.kernels == "fused":
             given = [x]
             del x  # only the list holds it now
             return fused.run(list(layers), given, past)
@@ -104,7 +102,7 @@ class Decoder(nn.Module):
         """
         if frames_at_once is None or frames_at_once >= x.shape[2]:
             layers = self.upsamples[self.last_upsampling :]
-            if self.kernels == "triton":
+            if self.kernels == "fused":
                 given = [x]
                 del x  # only the list holds it now
                 return fused.run([*layers, self.head], given, past)

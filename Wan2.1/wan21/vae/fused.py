@@ -35,7 +35,8 @@ def run(layers: Sequence[nn.Module], given: list[Tensor], past: Past) -> Tensor:
     inputs of two convolutions.
     """
     if torch.is_grad_enabled():
-        raise UsageError("kernels=triton computes no gradients; choose kernels=torch, or call it under torch.no_grad()")
+        raise UsageError("kernels=fused computes no gradients; choose kernels=torch, or call it under torch.no_grad()")
+    conv: nn.Conv2d | nn.Conv3d
     x = given.pop()
     normed: list[Tensor] = []  # what the norm before the next layer made of x
     for index, layer in enumerate(layers):

@@ -37,7 +37,7 @@ def chain(
             need = need.then(_upsample(layer, positions, frames, past if doubles else 0, kept))
             frames *= 2 if doubles else 1
         else:
-            need = need.then(_head(cast("nn.ModuleDict", layer)["2"], positions, frames, past))
+            need = need.then(_head(cast("nn.Conv3d", cast("nn.ModuleDict", layer)["2"]), positions, frames, past))
     return need, frames
 
 

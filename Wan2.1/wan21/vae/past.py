@@ -72,7 +72,7 @@ class Past:
         return joined
 
     def window(self, layer: nn.Module, frames: list[Tensor], *, num_frames: int = 2) -> list[Tensor]:
-        """The same with frames that are tensors of their own: nothing is copied, and none stand for those before the video.
+        """The same with frames that are tensors of their own. Nothing is copied, and there are no zeros in front.
 
         Args:
             layer: whose past it is.

@@ -14,9 +14,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from wan21.config import VaeConfig
+from wan21.config import Kernels, VaeConfig
 from wan21.errors import UsageError
-from wan21.vae.decoder import Decoder, Kernels
+from wan21.vae.decoder import Decoder
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
 from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles

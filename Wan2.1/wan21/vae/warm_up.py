@@ -7,6 +7,7 @@ and those that differ in more than height and width run once on tiny tensors.
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from wan21.config import VaeConfig
-from wan21.vae.plan import WHOLE, DecodePlan
+from wan21.vae.plan import DecodePlan
 from wan21.vae.vae import Vae
 
 NUM_LATENT_FRAMES = 3
@@ -41,7 +42,7 @@ class _Launches(TorchDispatchMode):
         types: tuple[type, ...],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> object:
         if str(func).startswith("wan21."):
             # How many frames the first argument has in front of the chunk is not part of a kernel.
             self.found.setdefault(f"{func} {tree_map(_kind, args[1:])}", (func, args))
@@ -56,19 +57,20 @@ def _kind(value: object) -> object:
 
 
 @torch.no_grad()
-def launches(config: VaeConfig, dtype: torch.dtype, plan: DecodePlan = WHOLE) -> list[Launch]:
+def launches(config: VaeConfig, dtype: torch.dtype, frames_at_once: int | None = None) -> list[Launch]:
     """What decoding launches, on tiny tensors without data."""
     with torch.device("meta"):
-        vae = Vae(config, dtype=dtype, kernels="triton")
+        vae = Vae(config, dtype=dtype, kernels="fused")
         latents = torch.empty(1, config.z_dim, NUM_LATENT_FRAMES, LATENT_SIDE, LATENT_SIDE)
     with _Launches() as noted:
-        for _ in vae.decode_pieces(latents, DecodePlan(frames_at_once=plan.frames_at_once)):
+        for _ in vae.decode_pieces(latents, DecodePlan(frames_at_once=frames_at_once)):
             pass
     return list(noted.found.values())
 
 
-def warm_up(config: VaeConfig, dtype: torch.dtype, device: torch.device, plan: DecodePlan = WHOLE) -> None:
-    """Compiles, or takes from Triton's cache on disk, all that decoding with `kernels="triton"` launches.
+@cache
+def warm_up(config: VaeConfig, dtype: torch.dtype, device: torch.device, frames_at_once: int | None = None) -> None:
+    """Compiles, or takes from Triton's cache on disk, all that decoding with `kernels="fused"` launches.
 
     Memory: some 16 MiB of weights for each of a few threads; nothing stays but the kernels.
 
@@ -76,7 +78,7 @@ def warm_up(config: VaeConfig, dtype: torch.dtype, device: torch.device, plan: D
         config: sizes of the VAE.
         dtype: its number format.
         device: where it will run.
-        plan: how it will decode.
+        frames_at_once: of the plan by which it will decode.
     """
 
     def real(value: object) -> object:
@@ -87,4 +89,4 @@ def warm_up(config: VaeConfig, dtype: torch.dtype, device: torch.device, plan: D
         func(*tree_map(real, args))
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(torch.no_grad()(launch), launches(config, dtype, plan)))
+        list(pool.map(torch.no_grad()(launch), launches(config, dtype, frames_at_once)))

@@ -4,7 +4,7 @@ Why: the table in `wan21.kernels.vae_blocks` and what the documentation says of 
 shape all candidate block shapes are compiled in processes of their own, timed in this one, and compared with cuDNN's
 result; nothing is started after the time budget. Weights and inputs are random.
 
-    python scripts/bench_vae.py --seconds 180    # videos first, then candidates until the time is over
+    python scripts/bench_vae.py                  # videos first, then candidates until the time is over
     python scripts/bench_vae.py --seconds 0      # no candidates: only what the table holds
 """
 
@@ -347,7 +347,7 @@ def main() -> None:
     """Entry point."""
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.0, help="time for everything; 0: no candidates")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time for everything; 0: no candidates")
     parser.add_argument("--no-decode", action="store_true", help="convolutions only")
     arguments = parser.parse_args()
     runtime = make_runtime("cuda")

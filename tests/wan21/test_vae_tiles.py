@@ -12,7 +12,7 @@ from wan21.errors import UsageError
 from wan21.vae import Vae
 from wan21.vae.layers import Upsample
 from wan21.vae.past import Past
-from wan21.vae.plan import WHOLE, DecodePlan, strips
+from wan21.vae.plan import WHOLE, DecodePlan, strips, tiles
 from wan21.vae.tiles import Interval, split_evenly
 
 # Pixels come out in float32, so this is their last digit: below it nothing differs.
@@ -183,8 +183,19 @@ def test_pieces_cover_every_pixel_once_tile_after_tile(vae: Vae, latents: Tensor
             assert piece.pixels.dtype == torch.float32
             places.append((piece.rows.start, piece.cols.start, piece.frames.start))
     assert times.unique().tolist() == [1]
-    assert places == sorted(places)
     assert [frames for *_, frames in places] == [0, 1, 5] * 6
+    assert all(len({place[:2] for place in places[i : i + 3]}) == 1 for i in range(0, len(places), 3))
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 4), (5, 7)])
+def test_no_tile_computes_more_than_the_one_before(vae: Vae, counts: tuple[int, int]) -> None:
+    found = tiles(vae.decoder, grid(*counts), 31, 40)
+    sizes = [
+        [len(tile.rows.windows[layer].computed) * len(tile.cols.windows[layer].computed) for layer in tile.rows.windows]
+        for tile in found
+    ]
+    assert len(found) == counts[0] * counts[1]
+    assert all(map(int.__ge__, map(sum, sizes), map(sum, sizes[1:])))
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 1), (7, 2), (7, 7), (104, 5)])

@@ -299,9 +299,31 @@ def bench_decodes(runtime: Runtime) -> None:
                     print(f"{row}       {difference.max().item():.2e} {difference.mean().item():.2e}", flush=True)
         if dtype == torch.float32:
             print(exact_difference(vae, runtime))
+            rounding()
         profile(vae, name, runtime)
         del vae
         runtime.empty_cache()
+
+
+def rounding() -> None:
+    """How cuDNN makes TF32 of float32, by which of our ways it equals: cut off, or rounded to the nearest."""
+    from wan21.kernels.gpu.vae import conv
+
+    shape = Shape(96, 96, 4, 48, 80, 1)
+    tensors = Tensors.make(shape, torch.float32, shape.height, shape.width)
+    expected = tensors.cudnn(shape, tensors.joined(shape))
+    blocks = blocks_for(shape.c_in, shape.c_out, shape.frames, 4)
+    lying = tensors.weight.movedim(1, -1).contiguous()
+    for values, window in (("cut", tensors.window), ("rounded", [nearest_tf32(frame) for frame in tensors.window])):
+        for weights, weight in (("cut", lying), ("rounded", nearest_tf32(lying))):
+            conv(window, weight, tensors.bias, None, tensors.out, [], 0, 0, adds=False, upsamples=False, blocks=blocks)
+            difference = (tensors.out - expected).abs().max().item()
+            print(f"TF32, values {values}, weights {weights}: {difference:.1e} from cuDNN")
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """Rounded to ten bits of mantissa."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def exact_difference(vae: Vae, runtime: Runtime) -> str:

@@ -94,8 +94,13 @@ class Job:
         float, Rule(meaning="Of each streamed component's weights so many GiB stay on the device.", at_least=0)
     ] = 0.0
     rows_at_once: Annotated[
-        int, Rule(meaning="Tokens that pass the DiT's norms and linear layers at once, at most.", at_least=1)
-    ] = 4096
+        int | None,
+        Rule(
+            meaning="Tokens that pass the DiT's norms and linear layers at once, at most; null takes as many as keep "
+            "temporaries small.",
+            at_least=1,
+        ),
+    ] = None
     residual_on_host: Annotated[
         float, Rule(meaning="Share of the DiT's residual that waits on the host, from 0 to 1.", at_least=0)
     ] = 0.0

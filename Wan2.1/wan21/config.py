@@ -262,7 +262,8 @@ class Options:
     kernels: "torch" runs torch's operators one after the other; "fused" kernels of our own between the large products.
     attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch.
     resident_gib: of the streamed weights of each component so much stays on the device.
-    rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most.
+    rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as
+        keep temporaries small.
     residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
         as finely as `rows_at_once` says.
     vae_budget_gib: what decoding may take beside the VAE's weights; it is then done in tiles, exactly. None: in whole
@@ -283,7 +284,7 @@ class Options:
     kernels: Kernels = "torch"
     attention_kernel: AttentionKernel = "sdpa"
     attention_slices: int | Literal["auto"] = 1
-    rows_at_once: int = 4096
+    rows_at_once: int | None = None
     residual_on_host: float = 0.0
     vae_budget_gib: float | None = None
     gradient_checkpointing: bool = False
@@ -301,10 +302,8 @@ class Options:
                 f"attention_slicing={self.attention_slices} is not a number of slices; "
                 "choose false, true, or an integer of at least 1"
             )
-        if self.rows_at_once < 1:
-            raise UsageError(
-                f"rows_at_once={self.rows_at_once} is not a number of tokens; choose 1 or more, such as 4096"
-            )
+        if self.rows_at_once is not None and self.rows_at_once < 1:
+            raise UsageError(f"rows_at_once={self.rows_at_once} is not a number of tokens; choose 1 or more, or None")
         if not 0 <= self.residual_on_host <= 1:
             raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
         if not 0 <= self.resident_gib < float("inf"):

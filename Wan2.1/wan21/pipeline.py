@@ -20,7 +20,7 @@ from wan21.events import SILENT, Observer, Span
 from wan21.frames import to_uint8
 from wan21.guidance import guided
 from wan21.memory.hosted import HostedResidual
-from wan21.memory.slicing import choose_query_slices
+from wan21.memory.slicing import choose_query_slices, choose_rows
 from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
 from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
@@ -139,9 +139,12 @@ class TextToVideo:
 
     def _sample(self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
         model = dit.module
+        config, itemsize = self._spec.dit, model.dtype.itemsize
         plan = ForwardPlan(
-            query_slices=choose_query_slices(self._options.attention_slices, request.shape.num_tokens),
-            most_rows=self._options.rows_at_once,
+            query_slices=choose_query_slices(
+                self._options.attention_slices, request.shape.num_tokens, config.dim * itemsize
+            ),
+            most_rows=choose_rows(self._options.rows_at_once, config.ffn_dim * itemsize),
             gradient_checkpointing=self._options.gradient_checkpointing,
         )
         with dit.with_parked():
@@ -159,7 +162,7 @@ class TextToVideo:
             sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
             conditioned, *negative = (context.expand(len(group), -1, -1) for context in contexts)
-            with self._residual(len(group), request) as residual:
+            with self._residual(len(group), request, plan.most_rows) as residual:
                 forward = partial(model, turns=turns, plan=plan, residual=residual)
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
@@ -176,9 +179,9 @@ class TextToVideo:
         return finished
 
     @contextmanager
-    def _residual(self, batch_size: int, request: Request) -> Iterator[HostedResidual | None]:
+    def _residual(self, batch_size: int, request: Request, rows: int) -> Iterator[HostedResidual | None]:
         """Where the residual is kept if not in one tensor on the device."""
-        share, rows = self._options.residual_on_host, self._options.rows_at_once
+        share = self._options.residual_on_host
         if not share:
             yield None
             return

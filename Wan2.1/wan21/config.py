@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wan21.errors import UsageError
+from wan21.layout import SINGLE, Layout
 from wan21.shapes import VideoShape, parse_size
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -267,6 +268,7 @@ class Options:
         as finely as `rows_at_once` says.
     vae_budget_gib: what decoding may take beside the VAE's weights; it is then done in tiles, exactly. None: in whole
         frames.
+    layout: how the run is spread over processes.
 
     Raises:
         UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,
@@ -289,6 +291,7 @@ class Options:
     gradient_checkpointing: bool = False
     ckpt_dir: str | None = None
     weights_seed: int = 0
+    layout: Layout = SINGLE
 
     def __post_init__(self) -> None:
         for name in ("precision", "t5_precision", "vae_precision"):

@@ -21,6 +21,7 @@ from wan21.frames import to_uint8
 from wan21.guidance import guided
 from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices
+from wan21.parallel.world import ALONE, World
 from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
 from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
@@ -33,7 +34,7 @@ from wan21.vae.vae import Vae
 class Generation:
     """What came out.
 
-    videos: one [T, H, W, 3] per video, uint8, on the host.
+    videos: one [T, H, W, 3] per video, uint8, on the host; of several processes the one of rank 0 has them alone.
     latents: [B, C, t, h, w], float32, on the host.
     seeds: of each video's noise.
     """
@@ -55,6 +56,7 @@ class TextToVideo:
         assets: where weights come from, and the tokenizer.
         runtime: where to compute.
         observer: who listens.
+        world: this process's place among those that make the videos together.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class TextToVideo:
         assets: Assets,
         runtime: Runtime,
         observer: Observer = SILENT,
+        world: World = ALONE,
     ) -> None:
         self._spec = spec
         self._options = options
         self._tokenizer = assets.tokenizer
         self._runtime = runtime
         self._observer = observer
+        self._world = world
         self._components = Components(spec, options, assets.weights, runtime, observer)
         self._t5: Component[TextEncoder] | None = None
         self._dit: Component[Dit] | None = None

@@ -312,8 +312,19 @@ class Options:
             raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
         if not 0 <= self.resident_gib < float("inf"):
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
+        self._check_sharding()
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
+
+    def _check_sharding(self) -> None:
+        for name in ("dit_fsdp", "t5_fsdp"):
+            if getattr(self.layout, name) and self.load_strategy != "full":
+                raise UsageError(
+                    f"{name}=true and load_strategy={self.load_strategy} both say where weights live; choose "
+                    f"{name}=false, since streamed weights are shared by all ranks anyway, or load_strategy=full"
+                )
+        if self.layout.t5_fsdp and self.t5_cpu:
+            raise UsageError("t5_fsdp=true shares the text encoder among devices, and t5_cpu=true keeps it off them")
 
 
 def check_device(options: Options, device: str) -> None:

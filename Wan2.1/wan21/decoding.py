@@ -6,7 +6,7 @@ Letters: T, H, W of the video; C, t, h, w of its latents.
 import torch
 
 from wan21.frames import to_uint8
-from wan21.parallel.exchange import receive, send
+from wan21.parallel.exchange import send_and_receive
 from wan21.parallel.world import World
 from wan21.vae.plan import DecodePlan, tiles
 from wan21.vae.vae import Vae
@@ -50,10 +50,13 @@ def decode(vae: Vae, latents: torch.Tensor, plan: DecodePlan, world: World, *, i
         del piece  # or it would stand beside the next one
     for index, (rows, cols) in enumerate(places):
         owner = index % world.size
-        if owner != 0 and world.rank == owner:
-            send(world.everyone, here[rows.start, cols.start].to(latents.device), 0)
-        elif owner != 0 and video is not None:
+        if owner == 0:
+            continue
+        if world.rank == owner:
+            tile = here.pop((rows.start, cols.start)).to(latents.device)
+            send_and_receive(world.everyone, [(0, tile)], []).wait()
+        elif video is not None:
             tile = torch.empty(video[:, rows, cols].shape, dtype=torch.uint8, device=latents.device)
-            receive(world.everyone, tile, owner)
+            send_and_receive(world.everyone, [], [(owner, tile)]).wait()
             video[:, rows, cols] = tile.cpu()
     return video

@@ -5,6 +5,7 @@ Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt token
 Reference: Wan2.1 (arXiv 2503.20314).
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -118,6 +119,8 @@ class TextToVideo:
                 with self._observer.span(Span(kind="release", name=name)):
                     self._runtime.synchronize()  # a copy into the component's buffers may be on its way
                     setattr(self, f"_{name}", None)
+                    if self._options.layout.dit_fsdp or self._options.layout.t5_fsdp:
+                        gc.collect()  # torch's FSDP ties modules into circles
                     self._runtime.empty_cache()
 
     def _phase(self, name: str) -> AbstractContextManager[object]:

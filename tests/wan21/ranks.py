@@ -93,9 +93,10 @@ class Forward:
     most_rows: int = 4096
     on_host: float = 0.0
     precision: str = "fp32"
+    head_dim: int = 8
 
 
-def forward(layout: Any, case: Forward) -> dict[str, Any]:
+def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     """Runs it in a layout; gives the velocity, and the peak of the allocator beside weights and inputs."""
     import torch
 
@@ -104,21 +105,21 @@ def forward(layout: Any, case: Forward) -> dict[str, Any]:
     from wan21.dit.model import Dit, ForwardPlan
     from wan21.memory.hosted import HostedResidual
     from wan21.parallel.tokens import shared_tokens
-    from wan21.parallel.world import connect
-    from wan21.runtime import CpuRuntime
+    from wan21.parallel.world import connect, local_device
+    from wan21.runtime import make_runtime
     from wan21.weights.load import materialize, module_shapes
     from wan21.weights.random import RandomSource
 
-    runtime = CpuRuntime()
+    runtime = make_runtime(local_device(device))
     world = connect(layout, runtime)
-    config = DitConfig(dim=96, ffn_dim=128, num_heads=12, num_layers=2, text_dim=32, text_len=8)
+    config = DitConfig(dim=12 * case.head_dim, ffn_dim=128, num_heads=12, num_layers=2, text_dim=32, text_len=8)
     with torch.device("meta"):
         model = Dit(config, dtype=DTYPES[case.precision])
     materialize(model, RandomSource("dit", module_shapes(model), 0, runtime.generator), runtime.device)
     t, h, w = case.grid
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(case.batch_size, 16, t, 2 * h, 2 * w, generator=generator)
-    prompts = [torch.randn(5, 32, generator=generator) for _ in range(case.batch_size)]
+    latents = torch.randn(case.batch_size, 16, t, 2 * h, 2 * w, generator=generator).to(runtime.device)
+    prompts = [torch.randn(5, 32, generator=generator).to(runtime.device) for _ in range(case.batch_size)]
     with torch.no_grad(), runtime.counting():
         context = model.embed_text(prompts)
         time = model.embed_time(500.0, runtime.device)
@@ -134,42 +135,39 @@ def forward(layout: Any, case: Forward) -> dict[str, Any]:
         velocity = model(latents, time, context, turns=turns, plan=plan, residual=residual)
         peak = runtime.memory().allocated_peak_bytes - before
     world.close()
-    return {"velocity": velocity.numpy(), "peak": peak}
+    return {"velocity": velocity.cpu().numpy(), "peak": peak}
 
 
-def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """From prompt to video with the tiny model; sizes beside its own are allowed."""
     from contextlib import contextmanager
 
     from wan21.assets import open_assets
     from wan21.config import Options, make_request, model_spec
-    from wan21.parallel.world import connect
+    from wan21.parallel.world import connect, local_device
     from wan21.pipeline import TextToVideo
-    from wan21.runtime import CpuRuntime
+    from wan21.runtime import make_runtime
 
     spec = model_spec("tiny")
     spec = replace(spec, sizes=(*spec.sizes, "80*48"))
     options = Options(**({"precision": "fp32"} | chosen), layout=layout)
     request = make_request(spec, **({"seed": 7, "size": "80*48", "frame_num": 5, "num_steps": 2} | asked))
-    runtime = CpuRuntime()
+    runtime = make_runtime(local_device(device))
+    runtime.warm_up()
     loaded: dict[str, int] = {}
     expected: dict[str, int] = {}
-    peaks: dict[str, int] = {}
 
     class Listener:
         wants_blocks = False
 
         @contextmanager
         def span(self, span: Any) -> Any:
-            before = runtime.memory().allocated_bytes
-            runtime.reset_memory_peaks()
+            before = runtime.memory().requested_bytes
             yield
             memory = runtime.memory()
             if span.kind == "component":
-                loaded[span.name] = memory.allocated_bytes - before
+                loaded[span.name] = memory.requested_bytes - before
                 expected[span.name] = span.expected_bytes
-            if span.kind == "step":
-                peaks[span.name] = max(peaks.get(span.name, 0), memory.allocated_peak_bytes)
 
     world = connect(layout, runtime)
     with runtime.counting():
@@ -183,10 +181,43 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any]) -> dict
         "loaded": loaded,
         "expected": expected,
         "host_bytes": host_bytes,
-        "peaks": peaks,
     }
 
 
 def relative_distance(actual: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
     """Norm of the difference over that of what is expected."""
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
+    """Decodes a small video in so many tiles; gives the frames, if this rank has them."""
+    import torch
+
+    from wan21.config import model_spec
+    from wan21.decoding import decode
+    from wan21.parallel.world import connect
+    from wan21.runtime import CpuRuntime
+    from wan21.vae import DecodePlan, Vae
+    from wan21.weights.load import materialize
+    from wan21.weights.random import RandomWeights
+
+    runtime = CpuRuntime()
+    world = connect(layout, runtime)
+    spec = model_spec("tiny")
+    with torch.device("meta"):
+        vae = Vae(spec.vae)
+    with RandomWeights(spec, 0, runtime.generator).vae() as source:
+        materialize(vae, source, runtime.device)
+    latents = torch.randn(1, 16, 2, 6, 10, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plan = DecodePlan(num_tile_rows=num_rows, num_tile_cols=num_cols)
+        video = decode(vae, latents, plan, world, is_image=False)
+    world.close()
+    return None if video is None else video.numpy()
+
+
+def command_line(_: Any, arguments: list[str]) -> int:
+    """Runs the command line of wan21 as one of several ranks."""
+    from wan21.generate import main
+
+    return main(arguments)

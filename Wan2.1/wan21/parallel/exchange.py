@@ -84,11 +84,10 @@ def add_up(group: Group, tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, group=group.handle)
 
 
-def send(group: Group, tensor: torch.Tensor, to: int) -> None:
-    """Sends a contiguous tensor to a member."""
-    dist.send(tensor, group.ranks[to], group=group.handle)
-
-
-def receive(group: Group, tensor: torch.Tensor, origin: int) -> None:
-    """Fills a contiguous tensor with what a member sends."""
-    dist.recv(tensor, group.ranks[origin], group=group.handle)
+def agreed(group: Group, number: int, device: torch.device) -> int:
+    """The number of the group's first member."""
+    if group.size == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.int64, device=device)
+    broadcast(group, shared)
+    return int(shared)

@@ -8,6 +8,7 @@ Reference: FSDP (arXiv 2304.11277), in its per-parameter form, `torch.distribute
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -111,10 +112,9 @@ def own_parts(module: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
         owner, _, _ = name.rpartition(".")
         table = module.get_submodule(owner)
         if isinstance(parameter, DTensor):
-            rows, row = parameter.shape[0], parameter[:1].numel() if parameter.dim() > 1 else 1
-            size = -(-rows // parameter.device_mesh.size())
-            first = min(parameter.device_mesh.get_local_rank() * size, rows) * row
-            found[name] = (parameter.to_local(), first)
+            rows = parameter.shape[0]
+            first_row = min(parameter.device_mesh.get_local_rank() * -(-rows // parameter.device_mesh.size()), rows)
+            found[name] = (parameter.to_local(), first_row * math.prod(parameter.shape[1:]))
         else:
             first = table.first_row * parameter.shape[1] if isinstance(table, SharedTable) else 0
             found[name] = (parameter.detach(), first)

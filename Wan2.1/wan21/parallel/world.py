@@ -118,6 +118,11 @@ def connect(layout: Layout, runtime: Runtime) -> World:
     )
 
 
+def local_device(device: str) -> str:
+    """The device of this process: of the GPUs of its machine the one with its number, if "cuda" is asked for."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 def _group(handle: dist.ProcessGroup | None) -> Group:
     ranks = tuple(dist.get_process_group_ranks(handle))
     return Group(ranks, ranks.index(dist.get_rank()), handle)

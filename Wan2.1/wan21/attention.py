@@ -145,14 +145,5 @@ def choose_attention(name: AttentionKernel, device: torch.device) -> Attention:
 
 
 def choose_attention_with_lse(name: AttentionKernel) -> AttentionWithLse:
-    """The kernel of that name, telling its denominator.
-
-    Raises:
-        UsageError: it does not tell it.
-    """
-    if name not in _KERNELS_WITH_LSE:
-        raise UsageError(
-            f"attention_kernel={name} does not tell its denominator, which ring_size above 1 needs to join the parts; "
-            f"choose attention_kernel={', '.join(_KERNELS_WITH_LSE)}, or ulysses_size in place of ring_size"
-        )
+    """The kernel of that name, telling its denominator; `wan21.config.Options` says which of them do."""
     return _KERNELS_WITH_LSE[name]

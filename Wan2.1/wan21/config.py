@@ -312,11 +312,11 @@ class Options:
             raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
         if not 0 <= self.resident_gib < float("inf"):
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
-        self._check_sharding()
+        self._check_layout()
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
 
-    def _check_sharding(self) -> None:
+    def _check_layout(self) -> None:
         for name in ("dit_fsdp", "t5_fsdp"):
             if getattr(self.layout, name) and self.load_strategy != "full":
                 raise UsageError(
@@ -324,7 +324,14 @@ class Options:
                     f"{name}=false, since streamed weights are shared by all ranks anyway, or load_strategy=full"
                 )
         if self.layout.t5_fsdp and self.t5_cpu:
-            raise UsageError("t5_fsdp=true shares the text encoder among devices, and t5_cpu=true keeps it off them")
+            raise UsageError(
+                "t5_fsdp=true shares the text encoder among devices, and t5_cpu=true keeps it off them; choose one"
+            )
+        if self.layout.ring > 1 and self.attention_kernel == "fa3":
+            raise UsageError(
+                "attention_kernel=fa3 does not tell its denominator, which ring_size above 1 needs to join the parts; "
+                "choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of ring_size"
+            )
 
 
 def check_device(options: Options, device: str) -> None:

@@ -180,7 +180,7 @@ class TextToVideo:
             contexts = [model.embed_text([prompt]) for prompt in (prompts if pair.size == 1 else [prompts[pair.rank]])]
             timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        tokens = shared_tokens(request.shape.num_tokens, self._world)
+        tokens = shared_tokens(request.shape.num_tokens, self._world, self._options.attention_kernel)
         turns = tokens.own(model.rotations(request.shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0]),

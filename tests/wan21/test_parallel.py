@@ -143,7 +143,7 @@ def test_attention_to_parts_of_the_keys_joins_to_attention_to_all(bounds: tuple[
 
 
 def test_tokens_that_are_shared_keep_no_gradients() -> None:
-    tokens = SharedTokens(5, World(sequence=Group((0, 1), 0)))
+    tokens = SharedTokens(5, World(sequence=Group((0, 1), 0)), None)
     with pytest.raises(ValueError, match="no_grad"):
         tokens.own(torch.zeros(1, 5, 3), 1)
 

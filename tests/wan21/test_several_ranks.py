@@ -134,7 +134,9 @@ def test_sharded_weights_take_their_share_of_each_device_and_change_no_bit(known
     for result, resident in zip(sharded, known(Layout(ulysses=2, ring=2), generate, {}, chosen), strict=True):
         assert np.array_equal(result["latents"], resident["latents"])
         for name in ("dit", "t5"):
-            assert whole[name] / 4 < result["loaded"][name] < 1.06 * whole[name] / 4  # norms, modulation and the head stay whole
+            assert (
+                whole[name] / 4 < result["loaded"][name] < 1.06 * whole[name] / 4
+            )  # norms and the head stay whole
 
 
 def test_only_the_first_rank_loads_a_text_encoder_that_is_not_shared(known: Any) -> None:

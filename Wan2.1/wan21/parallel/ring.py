@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from wan21.attention import attend_with_lse
+from wan21.attention import AttentionWithLse
 from wan21.parallel.exchange import Messages, send_and_receive
 from wan21.parallel.world import Group
 
@@ -50,13 +50,15 @@ class Ring:
     Args:
         group: the members.
         num_keys: how many of each member's keys count; those behind them are passed over. It may be none.
+        attention: the kernel.
 
     Memory: beside queries, keys, values and result, for a quarter of the heads twice keys and values, and the result
     in float32.
     """
 
-    def __init__(self, group: Group, num_keys: Sequence[int]) -> None:
+    def __init__(self, group: Group, num_keys: Sequence[int], attention: AttentionWithLse) -> None:
         self._group = group
+        self._attention = attention
         self._num_keys = num_keys
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,7 @@ class Ring:
             for owner, keys, values in self._go_round(k[:, :, heads], v[:, :, heads], buffers):
                 count = self._num_keys[owner]
                 if count:
-                    mean.add(*attend_with_lse(q[:, :, heads], keys[:, :count], values[:, :count]))
+                    mean.add(*self._attention(q[:, :, heads], keys[:, :count], values[:, :count]))
             if mean.out is None:
                 raise ValueError(f"num_keys={list(self._num_keys)}: there is no key to attend to")
             result[:, :, heads] = mean.out

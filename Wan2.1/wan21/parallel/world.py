@@ -36,6 +36,11 @@ class Group:
         """How many members there are."""
         return len(self.ranks)
 
+    @property
+    def others(self) -> list[int]:
+        """The members but this process, by rank in the group."""
+        return [member for member in range(self.size) if member != self.rank]
+
 
 @dataclass(frozen=True)
 class World:

@@ -85,13 +85,16 @@ class Components:
     @property
     def t5_is_shared(self) -> bool:
         """Whether several processes hold parts of the text encoder, so that all of them have to run it."""
-        is_streamed = self._options.load_strategy != "full" and not self._options.t5_cpu
+        is_streamed = self._options.load_strategy != "full" and self._t5_device == self._runtime.device
         return self._world.size > 1 and (is_streamed or self._options.layout.t5_fsdp)
+
+    @property
+    def _t5_device(self) -> torch.device:
+        return torch.device("cpu") if self._options.t5_cpu else self._runtime.device
 
     def t5(self) -> Component[TextEncoder]:
         """The text encoder, on the CPU if t5_cpu."""
-        dtype = DTYPES[self._options.t5_precision]
-        device = torch.device("cpu") if self._options.t5_cpu else self._runtime.device
+        dtype, device = DTYPES[self._options.t5_precision], self._t5_device
         with torch.device("meta"):
             module = TextEncoder(self._spec.text, dtype=dtype)
         if self._options.layout.t5_fsdp:

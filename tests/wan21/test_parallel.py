@@ -87,6 +87,9 @@ def test_a_world_of_another_size_is_refused_with_the_command_that_starts_it(monk
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match=r"ulysses_size=2, cfg_parallel=true needs 4 .* are 3; .*nproc-per-node=4"):
         connect(Layout(ulysses=2, cfg=2), CpuRuntime())
+    with pytest.raises(UsageError, match="ulysses_size=1 needs 1 .* are 3; .* sizes whose product is 3"):
+        connect(SINGLE, CpuRuntime())
+    monkeypatch.delenv("WORLD_SIZE")
     assert connect(SINGLE, CpuRuntime()) is ALONE
 
 

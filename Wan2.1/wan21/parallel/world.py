@@ -91,14 +91,14 @@ def connect(layout: Layout, runtime: Runtime) -> World:
     Raises:
         UsageError: there are more or fewer processes than the layout has.
     """
-    if layout.world_size == 1:
-        return ALONE
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != layout.world_size:
         raise UsageError(
             f"{layout.words()} needs {layout.world_size} processes and there are {started}; start them with "
             f"torchrun --nproc-per-node={layout.world_size}, or choose sizes whose product is {started}"
         )
+    if started == 1:
+        return ALONE
     owns_processes = not dist.is_initialized()
     if owns_processes and runtime.device.type == "cuda":
         dist.init_process_group("nccl", device_id=runtime.device, timeout=LONGEST_WAIT)

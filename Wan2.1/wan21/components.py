@@ -14,7 +14,9 @@ from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.events import Observer, Span
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
-from wan21.memory.streaming import StreamPlan, stream
+from wan21.memory.streaming import StreamPlan, Unit, stream
+from wan21.parallel.sharding import fill_shares, own_parts, shard, share_bytes, share_table
+from wan21.parallel.world import World
 from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
 from wan21.text.umt5 import TextEncoder
@@ -61,28 +63,43 @@ def make_operations(options: Options, device: torch.device) -> Operations:
 class Components:
     """Loads components, each inside a span, and lets them go.
 
+    Of several processes all have to load the same components in the same order, but a text encoder that is not shared.
+
     Raises:
         UsageError: options that this device cannot follow.
     """
 
     def __init__(
-        self, spec: ModelSpec, options: Options, weights: Weights, runtime: Runtime, observer: Observer
+        self, spec: ModelSpec, options: Options, weights: Weights, runtime: Runtime, observer: Observer, world: World
     ) -> None:
         self._spec = spec
         self._options = options
         self._weights = weights
         self._runtime = runtime
         self._observer = observer
+        self._world = world
         self._operations = make_operations(options, runtime.device)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
 
+    @property
+    def t5_is_shared(self) -> bool:
+        """Whether several processes hold parts of the text encoder, so that all of them have to run it."""
+        is_streamed = self._options.load_strategy != "full" and self._t5_device == self._runtime.device
+        return self._world.size > 1 and (is_streamed or self._options.layout.t5_fsdp)
+
+    @property
+    def _t5_device(self) -> torch.device:
+        return torch.device("cpu") if self._options.t5_cpu else self._runtime.device
+
     def t5(self) -> Component[TextEncoder]:
         """The text encoder, on the CPU if t5_cpu."""
-        dtype = DTYPES[self._options.t5_precision]
-        device = torch.device("cpu") if self._options.t5_cpu else self._runtime.device
+        dtype, device = DTYPES[self._options.t5_precision], self._t5_device
         with torch.device("meta"):
             module = TextEncoder(self._spec.text, dtype=dtype)
+        if self._options.layout.t5_fsdp:
+            blocks, tables = all_in_parts(module.blocks), ["token_embedding"]
+            return self._shard("t5", module, self._weights.t5, blocks, tables=tables, entrances=["encode"])
         if self._options.load_strategy == "full" or device != self._runtime.device:
             return self._load("t5", module, self._weights.t5, device)
         return self._stream("t5", module, self._weights.t5, all_in_parts(module.blocks), tables=["token_embedding"])
@@ -91,6 +108,9 @@ class Components:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
+        if self._options.layout.dit_fsdp:
+            blocks, entrances = all_in_parts(module.blocks), ["embed_text", "embed_time"]
+            return self._shard("dit", module, self._weights.dit, blocks, once=Dit.ONCE, entrances=entrances)
         if self._options.load_strategy == "full":
             return self._load("dit", module, self._weights.dit, self._runtime.device)
         return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)
@@ -109,6 +129,45 @@ class Components:
             materialize(module, source, device)
         return Component(module, device)
 
+    def _shard(
+        self,
+        name: str,
+        module: M,
+        open_source: OpenSource,
+        blocks: Sequence[InParts],
+        *,
+        once: Sequence[str] = (),
+        tables: Sequence[str] = (),
+        entrances: Sequence[str] = (),
+    ) -> Component[M]:
+        """Brings this process's share of everything to the device.
+
+        Args:
+            name: of the component.
+            module: on the meta device.
+            open_source: of its weights.
+            blocks: of the module.
+            once: submodules that a run needs once.
+            tables: submodules that look up.
+            entrances: methods by which the module is used beside `forward`.
+        """
+        device, group = self._runtime.device, self._world.everyone
+        self._share_tables(module, open_source, tables)
+        others = [module.get_submodule(owner) for owner in once]
+        shard(module, blocks, others=others, entrances=entrances, group=group, device=device)
+        expected = share_bytes(module)
+        with self._observer.span(Span(kind="component", name=name, expected_bytes=expected)), open_source() as source:
+            fill_shares(module, source.write_part, device)
+        module.eval()
+        return Component(module, device)
+
+    def _share_tables(self, module: nn.Module, open_source: OpenSource, tables: Sequence[str]) -> None:
+        """Of several processes each will have some rows of these tables. The module's names are checked while whole."""
+        with open_source() as source:
+            check_names(module, source)
+        for table in tables if self._world.size > 1 else ():
+            share_table(module, table, self._world.everyone, self._runtime.device)
+
     def _stream(
         self,
         name: str,
@@ -119,7 +178,7 @@ class Components:
         once: Sequence[str] = (),
         tables: Sequence[str] = (),
     ) -> Component[M]:
-        """Brings the blocks to the host and the rest to the device.
+        """Brings the blocks to the host and the rest to the device; of several processes each its share of the blocks.
 
         Args:
             name: of the component.
@@ -129,22 +188,27 @@ class Components:
             once: submodules that a run needs once; with load_strategy=part they wait on the host.
             tables: submodules that look up; with load_strategy=part they stay on the host.
         """
-        runtime, by_parts = self._runtime, self._options.load_strategy == "part"
+        runtime, by_parts, group = self._runtime, self._options.load_strategy == "part", self._world.everyone
+        self._share_tables(module, open_source, tables)
         aside = (*once, *tables) if by_parts else ()
-        plan = StreamPlan(blocks, "part" if by_parts else "block", int(self._options.resident_gib * GIB))
-        elsewhere = parameters_below(module, ["blocks", *aside])
+        unit: Unit = "part" if by_parts else "block"
+        plan = StreamPlan(blocks, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
+        own, elsewhere = own_parts(module), parameters_below(module, ["blocks", *aside])
         on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
-            check_names(module, source)
-            for parameter_name, parameter in list(module.named_parameters()):
+
+            def write(name: str, to: torch.Tensor, first: int) -> None:
+                source.write_part(name, to, own[name][1] + first)
+
+            for parameter_name, (part, _) in own.items():
                 if parameter_name not in elsewhere:
-                    weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=runtime.device)
-                    source.write(parameter_name, weight)
+                    weight = torch.empty(part.shape, dtype=part.dtype, device=runtime.device)
+                    write(parameter_name, weight.view(-1), 0)
                     put(module, parameter_name, weight)
-            stream(blocks, plan, lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to), runtime)
+            stream(blocks, plan, lambda index, leaf, *to: write(f"blocks.{index}.{leaf}", *to), runtime, group)
             for table in tables if by_parts else ():
-                keep_on_host(module, table, source.write, runtime)
-            parked = Parked(module, once, source.write, runtime) if by_parts and once else None
+                keep_on_host(module, table, write, runtime)
+            parked = Parked(module, once, write, runtime, group) if by_parts and once else None
         module.eval()
         return Component(module, runtime.device, parked)
 

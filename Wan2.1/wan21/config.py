@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wan21.errors import UsageError
+from wan21.layout import SINGLE, Layout
 from wan21.shapes import VideoShape, parse_size
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -268,6 +269,7 @@ class Options:
         as finely as `rows_at_once` says.
     vae_budget_gib: what decoding may take beside the VAE's weights; it is then done in tiles, exactly. None: in whole
         frames.
+    layout: how the run is spread over processes.
 
     Raises:
         UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,
@@ -290,6 +292,7 @@ class Options:
     gradient_checkpointing: bool = False
     ckpt_dir: str | None = None
     weights_seed: int = 0
+    layout: Layout = SINGLE
 
     def __post_init__(self) -> None:
         for name in ("precision", "t5_precision", "vae_precision"):
@@ -308,8 +311,26 @@ class Options:
             raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
         if not 0 <= self.resident_gib < float("inf"):
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
+        self._check_layout()
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
+
+    def _check_layout(self) -> None:
+        for name in ("dit_fsdp", "t5_fsdp"):
+            if getattr(self.layout, name) and self.load_strategy != "full":
+                raise UsageError(
+                    f"{name}=true and load_strategy={self.load_strategy} both say where weights live; choose "
+                    f"{name}=false, since streamed weights are shared by all ranks anyway, or load_strategy=full"
+                )
+        if self.layout.t5_fsdp and self.t5_cpu:
+            raise UsageError(
+                "t5_fsdp=true shares the text encoder among devices, and t5_cpu=true keeps it off them; choose one"
+            )
+        if self.layout.ring > 1 and self.attention_kernel == "fa3":
+            raise UsageError(
+                "attention_kernel=fa3 does not tell its denominator, which ring_size above 1 needs to join the parts; "
+                "choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of ring_size"
+            )
 
 
 def check_device(options: Options, device: str) -> None:

@@ -50,7 +50,10 @@ class UndrawnSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._source.shapes()
 
-    def write(self, name: str, destination: torch.Tensor) -> None:  # noqa: ARG002 # all alike
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:  # noqa: ARG002 # all alike
         """Leaves the destination as it is.
 
         Memory: that of RandomSource, piece by piece; as there, a piece goes when the next one has come.

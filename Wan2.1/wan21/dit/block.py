@@ -63,7 +63,7 @@ class Block(InParts):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the first norm's output is rounded to.
-            room: for keys and values, [2, B, L, N, K] in the compute dtype; None where gradients are kept.
+            room: for keys and values, from the tokens' `room`; None where gradients are kept.
 
         Returns:
             [B, L, D], float32.

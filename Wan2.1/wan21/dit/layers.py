@@ -6,7 +6,6 @@ All per-token work goes over the tokens in chunks of rows and adds into the resi
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +16,8 @@ from torch import nn
 from wan21.attention import attend
 from wan21.config import DitConfig
 from wan21.dit.operations import Modulation, Operations, RmsNorm
-from wan21.dit.residual import Residual, Window, chunks, windows
+from wan21.dit.residual import Outs, Residual, chunks, windows
+from wan21.dit.tokens import ALL, Tokens
 from wan21.parts import Enter
 
 FEWEST_ROWS = 64
@@ -30,10 +30,12 @@ class Slicing:
 
     query_slices: into how many slices self attention cuts its queries.
     most_rows: how many tokens, of all videos of a batch together, pass through norms and linear layers at once.
+    tokens: those that are here, and how attention reaches others.
     """
 
     query_slices: int = 1
     most_rows: int = 4096
+    tokens: Tokens = ALL
 
 
 def chunk_rows(shape: torch.Size, most_rows: int) -> int:
@@ -41,35 +43,6 @@ def chunk_rows(shape: torch.Size, most_rows: int) -> int:
     batch_size, num_rows = shape[:2]
     most = max(FEWEST_ROWS, most_rows // batch_size)
     return -(-num_rows // -(-num_rows // most))
-
-
-Outs = tuple[torch.Tensor | None, ...]
-"""Where results are to be written; None where gradients are kept: then they are handed over."""
-
-
-def collect(
-    parts: Iterable[Window], produce: Callable[[slice, torch.Tensor, Outs], tuple[torch.Tensor, ...]], wholes: Outs
-) -> tuple[torch.Tensor, ...]:
-    """What `produce` makes of consecutive windows, in whole tensors.
-
-    Args:
-        parts: the windows.
-        produce: from the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results.
-        wholes: for the results of all windows, [B, rows of all, ...] each; None where gradients are kept, and there is
-            one window.
-
-    Raises:
-        ValueError: there is no window.
-    """
-    first: int | None = None
-    results: tuple[torch.Tensor, ...] = ()
-    for rows, x in parts:
-        first = rows.start if first is None else first
-        here = slice(rows.start - first, rows.stop - first)
-        results = produce(rows, x, tuple(None if whole is None else whole[:, here] for whole in wholes))
-    if first is None:
-        raise ValueError("nothing to collect: there is no window")
-    return tuple(result if whole is None else whole for result, whole in zip(results, wholes, strict=True))
 
 
 class SelfAttention(nn.Module):
@@ -111,7 +84,7 @@ class SelfAttention(nn.Module):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the norm's output is rounded to.
-            room: for keys and values, [2, B, L, N, K] in the compute dtype; None where gradients are kept.
+            room: for keys and values, from the tokens' `room`; None where gradients are kept.
             part: surrounds the use of weights: "keys" of k and v, "queries" of q and o.
 
         Returns:
@@ -121,7 +94,7 @@ class SelfAttention(nn.Module):
         """
         run = self.operations
         size = chunk_rows(residual.shape, slicing.most_rows)
-        num_tokens = residual.shape[1]
+        num_tokens, tokens = residual.shape[1], slicing.tokens
         whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
 
         def normed(window: torch.Tensor) -> torch.Tensor:
@@ -143,19 +116,20 @@ class SelfAttention(nn.Module):
             with part("keys"):
                 if whole:
                     parts.enter_context(part("queries"))
-                k, v, *q = collect(windows(residual, size), form, _wholes(room, with_queries=whole))
+                k, v, *q = tokens.collect(windows(residual, size), form, _wholes(room, with_queries=whole))
             if not whole:
                 parts.enter_context(part("queries"))
             for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True):
                 if not whole:
-                    room_of_slice = None if room is None else room.new_empty((*window.shape[:2], *room.shape[3:]))
-                    q = [*collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
+                    shape = (*window.shape[:2], self.num_heads, window.shape[2] // self.num_heads)
+                    room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
+                    q = [*tokens.collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
                     del room_of_slice  # or it would stand beside the outputs
-                attended = run.attend(q.pop(), k, v)
-                for part_rows, chunk in chunks(window, size):
-                    branch = run.linear(self.o, attended[:, part_rows])
-                    residual = run.add(residual, chunk, branch, modulation.gate)
-                    del branch
+                attended = tokens.attend(run.attend, q.pop(), k, v)
+                for part_rows, heads in tokens.give_back(attended, size):
+                    branch = run.linear(self.o, heads)
+                    residual = run.add(residual, window[:, part_rows], branch, modulation.gate)
+                    del branch, heads
                 del attended  # or it would stand beside the next one
         return residual
 

@@ -175,18 +175,23 @@ class Budget:
         scaled = self._decoder.conv1.in_channels * t * h * w
         return (scaled + most) * self._bytes_per_number
 
-    def work(self, plan: DecodePlan) -> float:
-        """Multiply-adds for one latent frame, halos included."""
+    def work(self, plan: DecodePlan, num_ranks: int = 1) -> float:
+        """Multiply-adds for one latent frame, halos included; those of one of the ranks that share the tiles."""
         parts = self._parts(plan, largest=False)
-        macs = parts.low.macs + parts.mid.macs + parts.high.macs
+        of_one = -(-plan.num_tiles // num_ranks) / plan.num_tiles
+        macs = parts.low.macs + (parts.mid.macs + parts.high.macs) * of_one
         return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
 
     def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
         _, h, w = self._shape
         return _parts(self._decoder, h * w, self._positions(plan, largest=largest), self._past, plan.frames_at_once)
 
-    def best_plan(self, budget_bytes: int) -> DecodePlan:
+    def best_plan(self, budget_bytes: float, num_ranks: int = 1) -> DecodePlan:
         """The plan of least work among those that take no more than `budget_bytes`.
+
+        Args:
+            budget_bytes: of each rank; may be infinite.
+            num_ranks: ranks that share the tiles; the least work of one of them counts.
 
         Raises:
             UsageError: there is none.
@@ -199,7 +204,7 @@ class Budget:
             sizes = {plan: self.num_bytes(plan) for plan in plans}
             fitting = [plan for plan in plans if sizes[plan] <= budget_bytes]
             if fitting:
-                return min(fitting, key=lambda plan: (self.work(plan), plan.num_tiles))
+                return min(fitting, key=lambda plan: (self.work(plan, num_ranks), plan.num_tiles))
             least = min(sizes.values())
         raise UsageError(
             f"budget_bytes={budget_bytes} is too little to decode {self._shape[0]} x {h} x {w} latents: the smallest "

@@ -109,7 +109,7 @@ class Vae(nn.Module):
         # Not a generator, which would hold each chunk while it makes the next one.
         return map(attrgetter("pixels"), self.decode_pieces(latents))
 
-    def decode_pieces(self, latents: Tensor, plan: DecodePlan = WHOLE) -> Iterator[Piece]:
+    def decode_pieces(self, latents: Tensor, plan: DecodePlan = WHOLE, which: slice = slice(None)) -> Iterator[Piece]:
         """The video of some normalised latents, piece by piece.
 
         Whoever takes the pieces away as they come needs no memory for the whole video. Tiles come one after the other,
@@ -118,6 +118,7 @@ class Vae(nn.Module):
         Args:
             latents: [B, C, t, h, w], C = z_dim, any floating format.
             plan: what is decoded at once.
+            which: of the plan's tiles; the others are left out.
 
         Yields:
             For each tile a piece of the first frame, then t - 1 pieces of 4 frames.
@@ -130,11 +131,14 @@ class Vae(nn.Module):
         with the number of frames. With tiles the same for a tile with its halo, and beside it the features of all
         latent frames, [B, 4 base_dim, t, h, w].
         """
+        t, h, w = latents.shape[2:]
+        wanted = list(tiles(self.decoder, plan, h, w))[which]
+        if not wanted:
+            return
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
-        t, h, w = z.shape[2:]
         features = self._low_of_all(z) if plan.num_tiles > 1 else None
-        for tile in tiles(self.decoder, plan, h, w):
+        for tile in wanted:
             if features is None:
                 past, chunks = Past(), self._low(z)
             else:

@@ -16,9 +16,18 @@ class Source(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every name with its shape, as in the checkpoint file."""
 
-    @abstractmethod
     def write(self, name: str, destination: torch.Tensor) -> None:
         """Fills the destination, contiguous and of the weight's shape, with the weight, cast to its dtype."""
+        require_shape(name, self.shape(name), destination)
+        self.write_part(name, destination.detach().view(-1), 0)
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the weight of this name, as in the checkpoint file."""
+
+    @abstractmethod
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
+        """Fills the destination, flat, with the weight's elements from `first` on, cast to its dtype."""
 
     def close(self) -> None:  # noqa: B027 # a source that holds nothing open has nothing to do
         """Lets go of files and mapped memory."""

@@ -16,7 +16,7 @@ import torch
 
 from wan21.config import ModelSpec
 from wan21.errors import CheckpointError
-from wan21.weights.components import Source, require_shape
+from wan21.weights.components import Source
 from wan21.weights.load import module_shapes
 from wan21.weights.staging import pieces
 
@@ -111,25 +111,36 @@ class RandomSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def write(self, name: str, destination: torch.Tensor) -> None:
-        """Fills the destination, contiguous and of the weight's shape.
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._shapes:
+            raise CheckpointError(f"tensor {name} is no weight of the {self._component}; use the names in shapes()")
+        return self._shapes[name]
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
+        """Fills the destination, flat, with the weight's elements from `first` on.
+
+        What comes before them is drawn too, and dropped: a generator cannot skip.
 
         Memory: on the generator's device, one piece in float32 and, if that is not the destination's device, the
         same piece in the destination's dtype; together STAGING_BYTES at most.
         """
-        if name not in self._shapes:
-            raise CheckpointError(f"tensor {name} is no weight of the {self._component}; use the names in shapes()")
-        shape = self._shapes[name]
-        require_shape(name, shape, destination)
+        shape = self.shape(name)
         mean, std = scale(self._component, name, shape)
         generator = self._generator_for(tensor_seed(self._seed, self._component, name))
-        flat = destination.detach().view(-1)
+        stop = first + destination.numel()
         # Eight bytes per element, whatever the destination: where pieces begin is part of what determines the values.
-        for piece in pieces(flat.numel(), 8):
+        for piece in pieces(math.prod(shape), 8):
+            if piece.start >= stop:
+                break
             drawn = torch.empty(piece.stop - piece.start, dtype=torch.float32, device=generator.device)
             drawn.normal_(mean, std, generator=generator)
+            wanted = slice(max(piece.start, first), min(piece.stop, stop))
+            if wanted.start >= wanted.stop:
+                continue
+            drawn = drawn[wanted.start - piece.start : wanted.stop - piece.start]
+            to = destination[wanted.start - first : wanted.stop - first]
             # Cast before the way to another device: fewer bytes travel, and staging is bounded on both sides.
-            flat[piece].copy_(drawn if flat.device == drawn.device else drawn.to(flat.dtype))
+            to.copy_(drawn if to.device == drawn.device else drawn.to(to.dtype))
 
 
 def tensor_seed(seed: int, component: str, name: str) -> int:

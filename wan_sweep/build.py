@@ -54,6 +54,7 @@ def build_options(job: Job) -> Options:
     return Options(
         precision=job.precision,
         t5_precision=job.t5_precision,
+        clip_precision=job.clip_precision,
         vae_precision=job.vae_precision,
         offload=job.offload,
         load_strategy=job.load_strategy,

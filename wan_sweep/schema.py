@@ -64,6 +64,7 @@ class Job:
     device: Annotated[Device, Rule(meaning="Where to measure; auto takes the GPU if there is one.")] = "auto"
     precision: Annotated[Precision, Rule(meaning="Weights and compute of the DiT.")] = "fp16"
     t5_precision: Annotated[Precision, Rule(meaning="Weights and compute of the text encoder.")] = "bf16"
+    clip_precision: Annotated[Precision, Rule(meaning="Weights and compute of the image encoder.")] = "fp16"
     vae_precision: Annotated[Precision, Rule(meaning="Weights and compute of the VAE.")] = "fp32"
     load_strategy: Annotated[
         LoadStrategy,

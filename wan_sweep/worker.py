@@ -204,7 +204,7 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
         "reason": "",
         "failure": None,
         "weights": assets.description,
-        "idle_knobs": idle_knobs(stage.options, job.device),
+        "idle_knobs": idle_knobs(stage.options, job.device, stage.spec, stage.request),
         "ranks": [],
     }
     with runtime.counting():

@@ -27,6 +27,9 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 KERNELS: tuple[str, ...] = get_args(Kernels)
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
 
+TASKS_WITH_QUIRKS: tuple[Task, ...] = ("flf2v",)
+"""Those that have a mistake upstream that `upstream_quirks` brings back."""
+
 NUM_TRAIN_TIMESTEPS = 1000
 SAMPLE_FPS = 16
 COMPONENTS = ("t5", "clip", "dit", "vae")
@@ -110,7 +113,10 @@ class VaeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Sizes of the CLIP image encoder; `num_layers` counts the last one, too, which is never run."""
+    """Sizes of the CLIP image encoder; `num_layers` counts the last one, too, which is never run.
+
+    text_dim: what its head projects to, which is never run either.
+    """
 
     dim: int
     ffn_dim: int
@@ -118,6 +124,7 @@ class ClipConfig:
     num_layers: int
     image_size: int = 224
     patch_size: int = 14
+    text_dim: int = 1024
     eps: float = 1e-5
 
     @property
@@ -182,7 +189,7 @@ TINY = ModelSpec(
     default_frame_num=9,
     default_steps=4,
 )
-TINY_CLIP = ClipConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=4, image_size=56)
+TINY_CLIP = ClipConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=4, image_size=56, text_dim=32)
 TINY_DIT_I2V = replace(TINY.dit, in_dim=36, image_dim=TINY_CLIP.dim)
 
 MODELS: Mapping[str, ModelSpec] = {
@@ -403,6 +410,7 @@ class Options:
 
     precision: Precision = "fp16"
     t5_precision: Precision = "bf16"
+    clip_precision: Precision = "fp16"
     vae_precision: Precision = "fp32"
     offload: bool = False
     load_strategy: LoadStrategy = "full"
@@ -419,7 +427,7 @@ class Options:
     weights_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("precision", "t5_precision", "vae_precision"):
+        for name in ("precision", "t5_precision", "clip_precision", "vae_precision"):
             one_of(name, getattr(self, name), PRECISIONS)
         one_of("load_strategy", self.load_strategy, LOAD_STRATEGIES)
         one_of("kernels", self.kernels, KERNELS)
@@ -462,9 +470,22 @@ def check_device(options: Options, device: str) -> None:
         )
 
 
-def idle_knobs(options: Options, device: str) -> dict[str, str]:
-    """Knobs that are set and change nothing in this run, each with the reason."""
+def idle_knobs(
+    options: Options, device: str, spec: ModelSpec | None = None, request: Request | None = None
+) -> dict[str, str]:
+    """Knobs that are set and change nothing in this run, each with the reason.
+
+    Args:
+        options: how to run.
+        device: "cpu" or "cuda".
+        spec: the task; None leaves out what depends on it.
+        request: what to generate; None leaves out what depends on it.
+    """
     idle = {}
+    if spec is not None and spec.clip is None and options.clip_precision != Options.clip_precision:
+        idle["clip_precision"] = f"{spec.name} looks at no pictures"
+    if spec is not None and request is not None and request.upstream_quirks and spec.task not in TASKS_WITH_QUIRKS:
+        idle["upstream_quirks"] = f"{spec.name} does as upstream anyway"
     if options.gradient_checkpointing:
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
     if options.resident_gib and options.load_strategy == "full":

@@ -1,6 +1,6 @@
-"""Text to video, and text to image, which is a video of one frame.
+"""From a prompt, and perhaps pictures, to videos; an image is a video of one frame.
 
-Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; D model width.
+Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; I image tokens; D model width.
 
 Reference: Wan2.1 (arXiv 2503.20314).
 """
@@ -13,7 +13,10 @@ from functools import partial
 import torch
 
 from wan21.assets import Assets
+from wan21.clip.model import ImageEncoder
+from wan21.clip.preprocess import preprocess
 from wan21.components import Component, Components, blocks_to_run
+from wan21.conditioning import Condition, frame_chunks, frame_mask, load_pictures, resized
 from wan21.config import COMPONENTS, ModelSpec, Options, Request
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.events import SILENT, Observer, Span
@@ -23,7 +26,7 @@ from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices, choose_rows
 from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
-from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, VideoShape
 from wan21.text.umt5 import TextEncoder
 from wan21.vae import WHOLE, Budget
 from wan21.vae.vae import Vae
@@ -44,7 +47,7 @@ class Generation:
 
 
 class TextToVideo:
-    """The pipeline of the t2v and t2i tasks.
+    """The pipeline of all tasks.
 
     Without offload all components come to the device at the start and stay. With offload each comes when its phase
     begins and leaves when that ends; weights never change, so leaving means being dropped, and nothing is copied back.
@@ -72,6 +75,7 @@ class TextToVideo:
         self._observer = observer
         self._components = Components(spec, options, assets.weights, runtime, observer)
         self._t5: Component[TextEncoder] | None = None
+        self._clip: Component[ImageEncoder] | None = None
         self._dit: Component[Dit] | None = None
         self._vae: Component[Vae] | None = None
 
@@ -82,13 +86,17 @@ class TextToVideo:
         Videos share a forward in groups of `micro_batch_size`. All prompts are encoded first and all videos decoded
         last, so that each component is needed once.
         """
+        pictures = load_pictures(self._spec, request)
         if not self._options.offload:
             with self._phase("load"):
                 self._t5 = self._t5 or self._components.t5()
+                self._clip = self._clip or (self._components.clip() if pictures else None)
                 self._dit = self._dit or self._components.dit()
-                self._vae = self._vae or self._components.vae()
+                self._vae = self._vae or self._components.vae(encodes=bool(pictures))
         texts = [request.prompt] if request.guide_scale == 1 else [request.prompt, request.negative_prompt]
-        latents = self._denoise(request, self._encode_text(texts))
+        prompts = self._encode_text(texts)
+        condition = self._encode_pictures(pictures, request.shape) if pictures else None
+        latents = self._denoise(request, prompts, condition)
         videos = self._decode(latents)
         seeds = [request.seed + i for i in range(request.batch_size)]
         return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
@@ -128,16 +136,45 @@ class TextToVideo:
         encoded = t5.module.encode(ids, blocks=blocks_to_run(t5, self._runtime, self._observer))
         return [prompt[0].to(self._runtime.device) for prompt in encoded]
 
-    def _denoise(self, request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _encode_pictures(self, pictures: list[torch.Tensor], shape: VideoShape) -> Condition:
+        """What CLIP and the VAE make of the pictures; with offload one is gone before the other comes."""
+        device = self._runtime.device
+        with self._stay():
+            if self._clip is None:
+                with self._phase("load"):
+                    self._clip = self._components.clip()
+            with self._phase("encode_image"):
+                tokens = self._look(self._clip, pictures)
+        with self._stay():
+            if self._vae is None:
+                with self._phase("load"):
+                    self._vae = self._components.vae(encodes=True)
+            with self._phase("encode_image"):
+                chunks = frame_chunks([resized(picture, shape) for picture in pictures], shape, device)
+                frames = self._vae.module.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width))
+                mask = frame_mask(shape, len(pictures)).to(device)
+                return Condition(tokens=tokens, latents=torch.cat([mask[None], frames], dim=1))
+
+    def _look(self, clip: Component[ImageEncoder], pictures: list[torch.Tensor]) -> torch.Tensor:
+        """CLIP's tokens of pictures, [pictures, I, width]."""
+        size = clip.module.config.image_size
+        pixels = torch.stack([preprocess(picture, size) for picture in pictures]).to(clip.device)
+        return clip.module(pixels, blocks_to_run(clip, self._runtime, self._observer))
+
+    def _denoise(
+        self, request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
         with self._stay():
             if self._dit is None:
                 with self._phase("load"):
                     self._dit = self._components.dit()
             with self._phase("denoise"):
-                return self._sample(self._dit, request, prompts)
+                return self._sample(self._dit, request, prompts, condition)
 
-    def _sample(self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _sample(
+        self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         model = dit.module
         config, itemsize = self._spec.dit, model.dtype.itemsize
         plan = ForwardPlan(
@@ -149,6 +186,8 @@ class TextToVideo:
         )
         with dit.with_parked():
             contexts = [model.embed_text([prompt]) for prompt in prompts]
+            if condition is not None:
+                contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
             timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
         turns = model.rotations(request.shape.grid, self._runtime.device)
@@ -167,14 +206,15 @@ class TextToVideo:
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
-                        run = partial(forward, sample, time.to(self._runtime.device))
+                        given = sample if condition is None else condition.beside(sample)
+                        run = partial(forward, given, time.to(self._runtime.device))
 
                         def velocity(context: torch.Tensor, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
                             return run(context, blocks=blocks_to_run(dit, self._runtime, self._observer))
 
                         flow = guided(velocity, conditioned, negative[0] if negative else None, request.guide_scale)
                         sample = sampler.step(flow, sample)
-                        del flow
+                        del flow, given
             finished += sample.split(1)
         return finished
 
@@ -195,7 +235,7 @@ class TextToVideo:
 
     def _noise(self, request: Request, seed: int) -> torch.Tensor:
         """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
-        shape = (1, self._spec.dit.in_dim, *request.shape.latent)
+        shape = (1, self._spec.dit.out_dim, *request.shape.latent)
         generator = self._runtime.generator(seed)
         return torch.randn(shape, generator=generator, device=self._runtime.device, dtype=torch.float32)
 
@@ -205,7 +245,7 @@ class TextToVideo:
         with self._stay():
             if self._vae is None:
                 with self._phase("load"):
-                    self._vae = self._components.vae()
+                    self._vae = self._components.vae(encodes=False)
             with self._phase("decode"):
                 for index, latent in enumerate(latents):
                     with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):

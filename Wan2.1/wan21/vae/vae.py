@@ -8,7 +8,7 @@ Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t =
 Reference: Wan2.1 (arXiv 2503.20314), the section on the spatio-temporal VAE.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 import torch
@@ -81,20 +81,38 @@ class Vae(nn.Module):
         Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at
         832 x 480 is 2.2 GB in float32; neither grows with the number of frames.
         """
+        batch, _, num_frames, height, width = video.shape
+        stops = range(1, num_frames + 1, self.temporal_stride)
+        starts = (0, *stops)
+        chunks = (video[:, :, start:stop] for start, stop in zip(starts, stops, strict=False))
+        return self.encode_chunks(chunks, (batch, num_frames, height, width))
+
+    def encode_chunks(self, chunks: Iterable[Tensor], shape: tuple[int, int, int, int]) -> Tensor:
+        """The same for a video that comes in chunks, so that there need not be all of it at once.
+
+        Args:
+            chunks: [B, 3, 1, H, W], then t - 1 times [B, 3, 4, H, W], on the VAE's device.
+            shape: of the whole: B, T, H, W.
+
+        Returns:
+            [B, C, t, h, w] in float32.
+
+        Raises:
+            UsageError: as `encode`.
+        """
         if self.encoder is None or self.conv1 is None:
             raise UsageError("this VAE has no encoder any more; load it again, and do not call drop_encoder")
-        batch, _, num_frames, height, width = video.shape
+        batch, num_frames, height, width = shape
         t, h, w = self._latent_shape(num_frames, height, width)
-        mean, inverse_std = _latent_statistics(video.device)
-        latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=video.device)
+        device = self.conv2.weight.device
+        mean, inverse_std = _latent_statistics(device)
+        latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=device)
         past = Past()
-        for i in range(t):
+        for i, chunk in enumerate(chunks):
             past.is_first, past.is_last = i == 0, i == t - 1
-            start = max(0, self.temporal_stride * (i - 1) + 1)
-            stop = self.temporal_stride * i + 1
-            chunk = self._as_input(video[:, :, start:stop])
-            mu = self.conv1(self.encoder(chunk, past))[:, : self.z_dim]
+            mu = self.conv1(self.encoder(self._as_input(chunk), past))[:, : self.z_dim]
             latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
+            del chunk, mu  # or they would stand beside the next ones
         return latents
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:

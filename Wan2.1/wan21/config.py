@@ -336,6 +336,8 @@ def make_request(
     frame_num = spec.default_frame_num if frame_num is None else frame_num
     if spec.is_image and frame_num != 1:
         raise UsageError(f"frame_num={frame_num} cannot be: {spec.name} makes one image; choose frame_num=1")
+    if spec.task == "flf2v" and frame_num == 1:
+        raise UsageError(f"frame_num=1 cannot be: {spec.name} runs from a first to a last frame; choose 5 or more")
     one_of("sample_solver", solver, SOLVERS)
     num_steps = spec.default_steps if num_steps is None else num_steps
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:

@@ -12,6 +12,8 @@ from wan21.errors import UsageError
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
 PATCH = 2
+NUM_POSITIONS = 1024
+"""Tokens along one side, at most, for which the models have positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def sides_like(picture: tuple[int, int], *, area: int) -> tuple[int, int]:
         area: pixels of a frame, about.
 
     Raises:
-        UsageError: the picture is so much longer than wide that a side would vanish.
+        UsageError: the picture is so long and narrow that a side would vanish, or be longer than there are positions.
     """
     width, height = picture
     ratio = height / width
@@ -81,10 +83,11 @@ def sides_like(picture: tuple[int, int], *, area: int) -> tuple[int, int]:
         SPATIAL_STRIDE * round(math.sqrt(pixels) // SPATIAL_STRIDE // PATCH * PATCH)
         for pixels in (area * ratio, area / ratio)
     ]
-    if not all(sides):
+    unit = SPATIAL_STRIDE * PATCH
+    if not all(unit <= side <= NUM_POSITIONS * unit for side in sides):
         raise UsageError(
             f"a picture of {width}*{height} pixels is too long and narrow: with an area of {area} pixels one side of "
-            f"the video would be less than {SPATIAL_STRIDE * PATCH}; crop the picture"
+            f"the video would be less than {unit} or more than {NUM_POSITIONS * unit} pixels; crop the picture"
         )
     return sides[0], sides[1]
 

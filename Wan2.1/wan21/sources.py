@@ -104,6 +104,22 @@ def check_sources(spec: HasTask, sources: Sources) -> None:
             picture_size(name, path)
 
 
+def described(spec: HasTask, sources: Sources) -> str:
+    """What a video is made from besides the prompt, in a few words for the record; empty if that is nothing.
+
+    A file goes by its name and fingerprint; where a picture is needed and none is given, the example is said to be one.
+    """
+    given, prints = sources.given(), sources.fingerprints()
+    words = []
+    for name in TASK_SOURCES.get(spec.task, ()):
+        if name in given:
+            files = ", ".join(Path(path).name for path in given[name])
+            words.append(f"{name} {files} (sha256 {prints[name]})")
+        elif name in PICTURES:
+            words.append(f"{name} the built-in example")
+    return "; ".join(words)
+
+
 def _state(name: str, path: str) -> tuple[int, int]:
     try:
         state = Path(path).stat()

@@ -108,8 +108,7 @@ class Job:
     vae_budget_gib: Annotated[
         float | None,
         Rule(
-            meaning="GiB that decoding may take besides the VAE's weights: it works in exact tiles; null decodes whole "
-            "frames.",
+            meaning="GiB that the VAE may take besides its weights: it works in exact tiles; null is whole frames.",
             above=0,
         ),
     ] = None

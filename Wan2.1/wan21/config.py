@@ -402,8 +402,7 @@ class Options:
         keep temporaries small.
     residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
         as finely as `rows_at_once` says.
-    vae_budget_gib: what decoding may take beside the VAE's weights; it is then done in tiles, exactly. None: in whole
-        frames.
+    vae_budget_gib: what the VAE may take beside its weights; it then works in tiles, exactly. None: in whole frames.
 
     Raises:
         UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,

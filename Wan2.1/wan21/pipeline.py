@@ -28,7 +28,7 @@ from wan21.runtime import Runtime
 from wan21.samplers import make_sampler
 from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import WHOLE, Budget
+from wan21.vae import WHOLE, Budget, EncodeBudget
 from wan21.vae.vae import Vae
 
 
@@ -150,8 +150,7 @@ class TextToVideo:
                 with self._phase("load"):
                     self._vae = self._components.vae(encodes=True)
             with self._phase("encode_image"):
-                chunks = frame_chunks([resized(picture, shape) for picture in pictures], shape, device)
-                frames = self._vae.module.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width))
+                frames = self._encode_frames(self._vae.module, [resized(picture, shape) for picture in pictures], shape)
                 mask = frame_mask(shape, len(pictures)).to(device)
                 return Condition(tokens=tokens, latents=torch.cat([mask[None], frames], dim=1))
 
@@ -160,6 +159,15 @@ class TextToVideo:
         size = clip.module.config.image_size
         pixels = torch.stack([preprocess(picture, size) for picture in pictures]).to(clip.device)
         return clip.module(pixels, blocks_to_run(clip, self._runtime, self._observer))
+
+    def _encode_frames(self, vae: Vae, frames: list[torch.Tensor], shape: VideoShape) -> torch.Tensor:
+        """Latents [1, C, t, h, w] of the video that has the first, and perhaps the last, of its frames."""
+        plan = WHOLE
+        if self._options.vae_budget_gib is not None and vae.encoder is not None:
+            budget = EncodeBudget(vae.encoder, shape.latent, itemsize=vae.conv2.weight.element_size())
+            plan = budget.best_plan(int(self._options.vae_budget_gib * 2**30))
+        chunks = partial(frame_chunks, frames, shape, self._runtime.device)
+        return vae.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width), plan)
 
     def _denoise(
         self, request: Request, prompts: list[torch.Tensor], condition: Condition | None

@@ -28,7 +28,7 @@ KERNELS: tuple[str, ...] = get_args(Kernels)
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
 
 TASKS_WITH_QUIRKS: tuple[Task, ...] = ("flf2v",)
-"""Those that have a mistake upstream that `upstream_quirks` brings back."""
+"""Those that prepare their sources with a mistake upstream, which `upstream_quirks` brings back."""
 
 NUM_TRAIN_TIMESTEPS = 1000
 SAMPLE_FPS = 16
@@ -469,6 +469,17 @@ def check_device(options: Options, device: str) -> None:
             f"attention_kernel={name} cannot compute in precision={options.precision}; "
             f"{way_out}, or precision={' or '.join(allowed)}"
         )
+def rounds_products(spec: ModelSpec, options: Options, request: Request) -> bool:
+    """Whether the sampler shall form two products in bfloat16, as upstream's UniPC does.
+
+    Upstream does so on the GPU only, and the tasks that look at pictures have it step on the CPU with offload.
+    """
+    steps_on_cpu = spec.clip is not None and options.offload
+    return request.upstream_quirks and request.solver == "unipc" and not steps_on_cpu
+
+
+def _has_quirks(spec: ModelSpec, options: Options, request: Request) -> bool:
+    return spec.task in TASKS_WITH_QUIRKS or rounds_products(spec, options, request)
 
 
 def idle_knobs(
@@ -485,8 +496,8 @@ def idle_knobs(
     idle = {}
     if spec is not None and spec.clip is None and options.clip_precision != Options.clip_precision:
         idle["clip_precision"] = f"{spec.name} looks at no pictures"
-    if spec is not None and request is not None and request.upstream_quirks and spec.task not in TASKS_WITH_QUIRKS:
-        idle["upstream_quirks"] = f"{spec.name} does as upstream anyway"
+    if spec is not None and request is not None and request.upstream_quirks and not _has_quirks(spec, options, request):
+        idle["upstream_quirks"] = f"{spec.name} does as upstream anyway, with this solver and offload={options.offload}"
     if options.gradient_checkpointing:
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
     if options.resident_gib and options.load_strategy == "full":

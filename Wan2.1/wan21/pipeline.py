@@ -17,7 +17,7 @@ from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import preprocess
 from wan21.components import Component, Components, blocks_to_run
 from wan21.conditioning import Condition, frame_chunks, frame_mask, load_pictures, resized
-from wan21.config import COMPONENTS, ModelSpec, Options, Request
+from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.events import SILENT, Observer, Span
 from wan21.frames import to_uint8
@@ -25,7 +25,7 @@ from wan21.guidance import guided
 from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices, choose_rows
 from wan21.runtime import Runtime
-from wan21.samplers import make_sampler
+from wan21.samplers import Sampler, make_sampler
 from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, VideoShape
 from wan21.text.umt5 import TextEncoder
 from wan21.vae import WHOLE, Budget, EncodeBudget
@@ -196,7 +196,7 @@ class TextToVideo:
             contexts = [model.embed_text([prompt]) for prompt in prompts]
             if condition is not None:
                 contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
-            timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
+            timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
         turns = model.rotations(request.shape.grid, self._runtime.device)
         groups = [
@@ -206,7 +206,7 @@ class TextToVideo:
         total = len(groups) * request.num_steps
         finished: list[torch.Tensor] = []
         for group_index, group in enumerate(groups):
-            sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
+            sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
             conditioned, *negative = (context.expand(len(group), -1, -1) for context in contexts)
             with self._residual(len(group), request, plan.most_rows) as residual:
@@ -225,6 +225,14 @@ class TextToVideo:
                         del flow, given
             finished += sample.split(1)
         return finished
+
+    def _sampler(self, request: Request) -> Sampler:
+        return make_sampler(
+            request.solver,
+            num_steps=request.num_steps,
+            shift=request.shift,
+            rounds_products=rounds_products(self._spec, self._options, request),
+        )
 
     @contextmanager
     def _residual(self, batch_size: int, request: Request, rows: int) -> Iterator[HostedResidual | None]:

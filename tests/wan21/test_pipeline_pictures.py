@@ -146,7 +146,16 @@ def test_every_picture_decides_over_the_video(tmp_path: Path) -> None:
     assert relative_l2(second, first) > 0.01
     assert relative_l2(quirk, second) > 0.01
     same = made(sources=Sources(first_frame=one, last_frame=one), upstream_quirks=True)
-    assert torch.equal(same, first)
+    assert torch.equal(same, first)  # one step has no older slope, which the sampler would round
+
+
+def test_the_samplers_quirk_is_upstreams_where_it_steps_on_the_gpu() -> None:
+    def made(**options: Any) -> torch.Tensor:
+        return generate(I2V, request(num_steps=3, upstream_quirks=True), **options).latents
+
+    plain = generate(I2V, request(num_steps=3)).latents
+    assert 0 < relative_l2(made(), plain) < 0.01
+    assert torch.equal(made(offload=True), plain)
 
 
 def test_phases_come_in_order_and_components_leave_with_them() -> None:

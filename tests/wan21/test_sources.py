@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan21.config import MODELS, Options, idle_knobs, make_request
+from wan21.config import MODELS, ModelSpec, Options, idle_knobs, make_request
 from wan21.errors import UsageError
 from wan21.examples import example_picture
 from wan21.pictures import picture_size
@@ -117,12 +117,18 @@ def test_the_example_is_the_same_each_time_and_moves_with_its_progress() -> None
     assert 0.02 < changed.mean() < 0.9
 
 
-def test_quirks_and_formats_that_change_nothing_are_named() -> None:
-    options = Options(clip_precision="fp32")
-    tiny, flf2v = MODELS["tiny"], MODELS["tiny-flf2v"]
-    asked = [make_request(spec, seed=0, upstream_quirks=True) for spec in (tiny, flf2v)]
-    assert set(idle_knobs(options, "cpu", tiny, asked[0])) == {"clip_precision", "upstream_quirks"}
-    assert idle_knobs(options, "cpu", flf2v, asked[1]) == {}
+def test_formats_and_quirks_that_change_nothing_are_named() -> None:
+    tiny, i2v, flf2v = (MODELS[name] for name in ("tiny", "tiny-i2v", "tiny-flf2v"))
+
+    def idle(spec: ModelSpec, solver: str = "unipc", **options: Any) -> set[str]:
+        request = make_request(spec, seed=0, solver=solver, upstream_quirks=True)
+        return set(idle_knobs(Options(clip_precision="fp32", **options), "cpu", spec, request))
+
+    assert idle(tiny) == {"clip_precision"}
+    assert idle(tiny, "dpm++") == {"clip_precision", "upstream_quirks"}
+    assert idle(i2v) == set()
+    assert idle(i2v, offload=True) == {"upstream_quirks"}
+    assert idle(flf2v, "dpm++", offload=True) == set()
 
 
 def test_planning_with_pictures_needs_no_torch(tmp_path: Path) -> None:

@@ -469,6 +469,8 @@ def check_device(options: Options, device: str) -> None:
             f"attention_kernel={name} cannot compute in precision={options.precision}; "
             f"{way_out}, or precision={' or '.join(allowed)}"
         )
+
+
 def rounds_products(spec: ModelSpec, options: Options, request: Request) -> bool:
     """Whether the sampler shall form two products in bfloat16, as upstream's UniPC does.
 

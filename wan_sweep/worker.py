@@ -198,13 +198,15 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
     job, runtime = stage.job, stage.runtime
     assets = stage.open_assets()
     from wan21.config import idle_knobs
+    from wan21.sources import described
 
     result: dict[str, Any] = {
         "outcome": "ok",
         "reason": "",
         "failure": None,
         "weights": assets.description,
-        "idle_knobs": idle_knobs(stage.options, job.device),
+        "sources": described(stage.spec, stage.request.sources),
+        "idle_knobs": idle_knobs(stage.options, job.device, stage.spec, stage.request),
         "ranks": [],
     }
     with runtime.counting():

@@ -1,4 +1,4 @@
-"""The three networks as things that come to a device and leave it: T5, DiT and VAE."""
+"""The networks as things that come to a device and leave it: T5, CLIP, DiT and VAE."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from wan21.attention import choose_attention
+from wan21.clip.model import ImageEncoder
 from wan21.config import ModelSpec, Options, check_device
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
+from wan21.errors import UsageError
 from wan21.events import Observer, Span
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
 from wan21.memory.streaming import StreamPlan, Unit, stream
@@ -104,28 +106,59 @@ class Components:
             return self._load("t5", module, self._weights.t5, device)
         return self._stream("t5", module, self._weights.t5, all_in_parts(module.blocks), tables=["token_embedding"])
 
+    def clip(self) -> Component[ImageEncoder]:
+        """The image encoder, without what is never run.
+
+        Raises:
+            UsageError: the task looks at no pictures.
+        """
+        if self._spec.clip is None:
+            raise UsageError(f"{self._spec.name} looks at no pictures and has no clip")
+        dtype = DTYPES[self._options.clip_precision]
+        with torch.device("meta"):
+            stored, module = (ImageEncoder(self._spec.clip, dtype=dtype) for _ in range(2))
+        module.drop_unread()
+        if self._options.load_strategy == "full":
+            return self._load("clip", module, self._weights.clip, self._runtime.device, stored)
+        blocks = all_in_parts(module.blocks)
+        return self._stream("clip", module, self._weights.clip, blocks, within="transformer", stored=stored)
+
     def dit(self) -> Component[Dit]:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
         if self._options.layout.dit_fsdp:
-            blocks, entrances = all_in_parts(module.blocks), ["embed_text", "embed_time"]
+            blocks, entrances = all_in_parts(module.blocks), ["embed_text", "embed_pictures", "embed_time"]
             return self._shard("dit", module, self._weights.dit, blocks, once=Dit.ONCE, entrances=entrances)
         if self._options.load_strategy == "full":
             return self._load("dit", module, self._weights.dit, self._runtime.device)
         return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)
 
-    def vae(self) -> Component[Vae]:
-        """The VAE, encoder and decoder."""
+    def vae(self, *, encodes: bool) -> Component[Vae]:
+        """The VAE: the decoder, and the encoder if something will be encoded."""
+        dtype = DTYPES[self._options.vae_precision]
         with torch.device("meta"):
-            module = Vae(self._spec.vae, dtype=DTYPES[self._options.vae_precision])
-        return self._load("vae", module, self._weights.vae, self._runtime.device)
+            stored, module = (Vae(self._spec.vae, dtype=dtype) for _ in range(2))
+        if not encodes:
+            module.drop_encoder()
+        return self._load("vae", module, self._weights.vae, self._runtime.device, stored)
 
-    def _load(self, name: str, module: M, open_source: OpenSource, device: torch.device) -> Component[M]:
+    def _load(
+        self, name: str, module: M, open_source: OpenSource, device: torch.device, stored: nn.Module | None = None
+    ) -> Component[M]:
+        """Brings a module to a device.
+
+        Args:
+            name: of the component.
+            module: on the meta device.
+            open_source: of its weights.
+            device: where they go.
+            stored: the module as it is stored, if something of that is not needed.
+        """
         on_device = parameter_bytes(module) if device == self._runtime.device else 0
         # Files are opened and closed inside the span: on a CPU, what is mapped counts as allocated.
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
-            check_names(module, source)
+            check_names(stored or module, source)
             materialize(module, source, device)
         return Component(module, device)
 
@@ -153,7 +186,7 @@ class Components:
         """
         device, group = self._runtime.device, self._world.everyone
         self._share_tables(module, open_source, tables)
-        others = [module.get_submodule(owner) for owner in once]
+        others = [child for name, child in module.named_children() if name in once]
         shard(module, blocks, others=others, entrances=entrances, group=group, device=device)
         expected = share_bytes(module)
         with self._observer.span(Span(kind="component", name=name, expected_bytes=expected)), open_source() as source:
@@ -161,10 +194,12 @@ class Components:
         module.eval()
         return Component(module, device)
 
-    def _share_tables(self, module: nn.Module, open_source: OpenSource, tables: Sequence[str]) -> None:
+    def _share_tables(
+        self, module: nn.Module, open_source: OpenSource, tables: Sequence[str], stored: nn.Module | None = None
+    ) -> None:
         """Of several processes each will have some rows of these tables. The module's names are checked while whole."""
         with open_source() as source:
-            check_names(module, source)
+            check_names(stored or module, source)
         for table in tables if self._world.size > 1 else ():
             share_table(module, table, self._world.everyone, self._runtime.device)
 
@@ -177,6 +212,8 @@ class Components:
         *,
         once: Sequence[str] = (),
         tables: Sequence[str] = (),
+        within: str = "blocks",
+        stored: nn.Module | None = None,
     ) -> Component[M]:
         """Brings the blocks to the host and the rest to the device; of several processes each its share of the blocks.
 
@@ -187,13 +224,15 @@ class Components:
             blocks: of the module.
             once: submodules that a run needs once; with load_strategy=part they wait on the host.
             tables: submodules that look up; with load_strategy=part they stay on the host.
+            within: the module's name of its blocks.
+            stored: the module as it is stored, if something of that is not needed.
         """
         runtime, by_parts, group = self._runtime, self._options.load_strategy == "part", self._world.everyone
-        self._share_tables(module, open_source, tables)
+        self._share_tables(module, open_source, tables, stored)
         aside = (*once, *tables) if by_parts else ()
         unit: Unit = "part" if by_parts else "block"
         plan = StreamPlan(blocks, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
-        own, elsewhere = own_parts(module), parameters_below(module, ["blocks", *aside])
+        own, elsewhere = own_parts(module), parameters_below(module, [within, *aside])
         on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
 
@@ -205,7 +244,7 @@ class Components:
                     weight = torch.empty(part.shape, dtype=part.dtype, device=runtime.device)
                     write(parameter_name, weight.view(-1), 0)
                     put(module, parameter_name, weight)
-            stream(blocks, plan, lambda index, leaf, *to: write(f"blocks.{index}.{leaf}", *to), runtime, group)
+            stream(blocks, plan, lambda index, leaf, *to: write(f"{within}.{index}.{leaf}", *to), runtime, group)
             for table in tables if by_parts else ():
                 keep_on_host(module, table, write, runtime)
             parked = Parked(module, once, write, runtime, group) if by_parts and once else None
@@ -227,7 +266,7 @@ class ObservedBlocks:
 
 
 def blocks_to_run(
-    component: Component[TextEncoder] | Component[Dit], runtime: Runtime, observer: Observer
+    component: Component[TextEncoder] | Component[ImageEncoder] | Component[Dit], runtime: Runtime, observer: Observer
 ) -> Iterable[nn.Module]:
     """The component's blocks, observed if the observer wants that."""
     blocks: Iterable[nn.Module] = component.module.blocks

@@ -1,6 +1,6 @@
-"""Text to video, and text to image, which is a video of one frame.
+"""From a prompt, and perhaps pictures, to videos; an image is a video of one frame.
 
-Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; D model width.
+Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; I image tokens; D model width.
 
 Reference: Wan2.1 (arXiv 2503.20314).
 """
@@ -15,8 +15,11 @@ from functools import partial
 import torch
 
 from wan21.assets import Assets
+from wan21.clip.model import ImageEncoder
+from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
-from wan21.config import COMPONENTS, ModelSpec, Options, Request
+from wan21.conditioning import Condition, frame_chunks, frame_mask, load_pictures, resized
+from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
 from wan21.decoding import decode
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.errors import UsageError
@@ -29,9 +32,10 @@ from wan21.parallel.layout import check_layout
 from wan21.parallel.tokens import shared_tokens
 from wan21.parallel.world import ALONE, World
 from wan21.runtime import Runtime
-from wan21.samplers import make_sampler
+from wan21.samplers import Sampler, make_sampler
+from wan21.shapes import VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import WHOLE, Budget, DecodePlan
+from wan21.vae import WHOLE, Budget, DecodePlan, EncodeBudget
 from wan21.vae.vae import Vae
 
 
@@ -50,7 +54,7 @@ class Generation:
 
 
 class TextToVideo:
-    """The pipeline of the t2v and t2i tasks.
+    """The pipeline of all tasks.
 
     Without offload all components come to the device at the start and stay. With offload each comes when its phase
     begins and leaves when that ends; weights never change, so leaving means being dropped, and nothing is copied back.
@@ -86,6 +90,7 @@ class TextToVideo:
             )
         self._components = Components(spec, options, assets.weights, runtime, observer, world)
         self._t5: Component[TextEncoder] | None = None
+        self._clip: Component[ImageEncoder] | None = None
         self._dit: Component[Dit] | None = None
         self._vae: Component[Vae] | None = None
 
@@ -100,14 +105,18 @@ class TextToVideo:
             UsageError: the request cannot be run in this layout.
         """
         check_layout(self._options.layout, self._spec, request)
+        pictures = load_pictures(self._spec, request)
         if not self._options.offload:
             with self._phase("load"):
                 if self._encodes_text:
                     self._t5 = self._t5 or self._components.t5()
+                self._clip = self._clip or (self._components.clip() if pictures else None)
                 self._dit = self._dit or self._components.dit()
-                self._vae = self._vae or self._components.vae()
+                self._vae = self._vae or self._components.vae(encodes=bool(pictures))
         texts = [request.prompt] if request.guide_scale == 1 else [request.prompt, request.negative_prompt]
-        latents = self._denoise(request, self._encode_text(texts))
+        prompts = self._encode_text(texts)
+        condition = self._encode_pictures(pictures, request.shape) if pictures else None
+        latents = self._denoise(request, prompts, condition)
         videos = self._decode(latents)
         seeds = [request.seed + i for i in range(request.batch_size)]
         return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
@@ -164,22 +173,61 @@ class TextToVideo:
         dtype, device = DTYPES[self._options.t5_precision], self._runtime.device
         return [torch.empty(prompt.shape[1], self._spec.text.dim, dtype=dtype, device=device) for prompt in ids]
 
-    def _denoise(self, request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _encode_pictures(self, pictures: list[torch.Tensor], shape: VideoShape) -> Condition:
+        """What CLIP and the VAE make of the pictures; with offload one is gone before the other comes."""
+        device = self._runtime.device
+        with self._stay():
+            if self._clip is None:
+                with self._phase("load"):
+                    self._clip = self._components.clip()
+            with self._phase("encode_image"):
+                tokens = self._look(self._clip, pictures)
+        with self._stay():
+            if self._vae is None:
+                with self._phase("load"):
+                    self._vae = self._components.vae(encodes=True)
+            with self._phase("encode_image"):
+                frames = self._encode_frames(self._vae.module, [resized(picture, shape) for picture in pictures], shape)
+                mask = frame_mask(shape, len(pictures)).to(device)
+                return Condition(tokens=tokens, latents=torch.cat([mask[None], frames], dim=1))
+
+    def _look(self, clip: Component[ImageEncoder], pictures: list[torch.Tensor]) -> torch.Tensor:
+        """CLIP's tokens of pictures, [pictures, I, width]."""
+        size = clip.module.config.image_size
+        pixels = torch.stack([preprocess(picture, size) for picture in pictures]).to(clip.device)
+        return clip.module(pixels, blocks_to_run(clip, self._runtime, self._observer))
+
+    def _encode_frames(self, vae: Vae, frames: list[torch.Tensor], shape: VideoShape) -> torch.Tensor:
+        """Latents [1, C, t, h, w] of the video that has the first, and perhaps the last, of its frames."""
+        plan = WHOLE
+        if self._options.vae_budget_gib is not None and vae.encoder is not None:
+            budget = EncodeBudget(vae.encoder, shape.latent, itemsize=vae.conv2.weight.element_size())
+            plan = budget.best_plan(int(self._options.vae_budget_gib * 2**30))
+        chunks = partial(frame_chunks, frames, shape, self._runtime.device)
+        return vae.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width), plan)
+
+    def _denoise(
+        self, request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
         with self._stay():
             if self._dit is None:
                 with self._phase("load"):
                     self._dit = self._components.dit()
             with self._phase("denoise"):
-                return self._sample(self._dit, request, prompts)
+                return self._sample(self._dit, request, prompts, condition)
 
-    def _sample(self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _sample(
+        self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         model = dit.module
         config, itemsize = self._spec.dit, model.dtype.itemsize
         pair = self._world.cfg
         with dit.with_parked():
             contexts = [model.embed_text([prompt]) for prompt in (prompts if pair.size == 1 else [prompts[pair.rank]])]
-            timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
+            if condition is not None:
+                contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
+            timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
         tokens = shared_tokens(request.shape.num_tokens, self._world, self._options.attention_kernel)
         turns = tokens.own(model.rotations(request.shape.grid, self._runtime.device), 0)
@@ -196,7 +244,7 @@ class TextToVideo:
         total = len(groups) * request.num_steps
         finished: list[torch.Tensor] = []
         for group_index, group in enumerate(groups):
-            sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
+            sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
             context, *negative = (context.expand(len(group), -1, -1) for context in contexts)
             with self._residual(len(group), turns.shape[0], plan.most_rows) as residual:
@@ -204,7 +252,8 @@ class TextToVideo:
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
-                        run = partial(forward, sample, time.to(self._runtime.device))
+                        given = sample if condition is None else condition.beside(sample)
+                        run = partial(forward, given, time.to(self._runtime.device))
 
                         def velocity(context: torch.Tensor, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
                             return run(context, blocks=blocks_to_run(dit, self._runtime, self._observer))
@@ -214,9 +263,17 @@ class TextToVideo:
                         else:
                             flow = guided(velocity, context, negative[0] if negative else None, request.guide_scale)
                         sample = sampler.step(flow, sample)
-                        del flow
+                        del flow, given
             finished += sample.split(1)
         return finished
+
+    def _sampler(self, request: Request) -> Sampler:
+        return make_sampler(
+            request.solver,
+            num_steps=request.num_steps,
+            shift=request.shift,
+            rounds_products=rounds_products(self._spec, self._options, request),
+        )
 
     @contextmanager
     def _residual(self, batch_size: int, num_rows: int, most_rows: int) -> Iterator[HostedResidual | None]:
@@ -233,7 +290,7 @@ class TextToVideo:
 
     def _noise(self, request: Request, seed: int) -> torch.Tensor:
         """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
-        shape = (1, self._spec.dit.in_dim, *request.shape.latent)
+        shape = (1, self._spec.dit.out_dim, *request.shape.latent)
         generator = self._runtime.generator(seed)
         return torch.randn(shape, generator=generator, device=self._runtime.device, dtype=torch.float32)
 
@@ -243,7 +300,7 @@ class TextToVideo:
         with self._stay():
             if self._vae is None:
                 with self._phase("load"):
-                    self._vae = self._components.vae()
+                    self._vae = self._components.vae(encodes=False)
             with self._phase("decode"):
                 vae = self._vae.module
                 for index, latent in enumerate(latents):

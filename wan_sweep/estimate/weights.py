@@ -34,6 +34,10 @@ class UndrawnWeights:
         """Weights of the text encoder."""
         return UndrawnSource(self._weights.t5(), self._device, self._memory)
 
+    def clip(self) -> "UndrawnSource":
+        """Weights of the image tower of CLIP."""
+        return UndrawnSource(self._weights.clip(), self._device, self._memory)
+
     def vae(self) -> "UndrawnSource":
         """Weights of the VAE."""
         return UndrawnSource(self._weights.vae(), self._device, self._memory)

@@ -6,6 +6,7 @@ All per-token work goes over the tokens in chunks of rows and adds into the resi
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -140,6 +141,16 @@ def _wholes(room: torch.Tensor | None, *, with_queries: bool) -> Outs:
     return (*room, torch.empty_like(room[0])) if with_queries else tuple(room)
 
 
+def attend_each(q: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What queries [B, L, N, K] read from each pair of keys and values [B, S, N, K], added: [B, L, D]."""
+    (k, v), *others = pairs
+    attended = attend(q, k, v)
+    for k, v in others:
+        # Rounded once, as the sum of two float32 tensors with such values would be.
+        attended = attended + attend(q, k, v)
+    return attended
+
+
 class CrossAttention(nn.Module):
     """Attention of the video's tokens to the prompt; all text positions count, padding included, as upstream."""
 
@@ -176,15 +187,24 @@ class CrossAttention(nn.Module):
         run = self.operations
         dtype = self.q.weight.dtype
         with part("prompt"):
-            keys = run.heads(self.k(context), self.norm_k, self.num_heads)
-            values = self.v(context).unflatten(-1, (self.num_heads, -1))
+            pairs = self.keys_values(context)
         with part("cross"):
             for _, window in windows(residual, size, writes=True):
                 queries = run.heads(run.linear(self.q, run.normed(window, norm, dtype)), self.norm_q, self.num_heads)
-                branch = run.linear(self.o, attend(queries, keys, values))
+                branch = run.linear(self.o, attend_each(queries, pairs))
                 residual = run.add(residual, window, branch)
                 del queries, branch
         return residual
+
+    def keys_values(self, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each thing that is attended to by itself, [B, S, N, K] each; the results are added."""
+        return [self._heads(context, self.k, self.v, self.norm_k)]
+
+    def _heads(
+        self, context: torch.Tensor, k: nn.Linear, v: nn.Linear, norm_k: RmsNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self.operations.heads(k(context), norm_k, self.num_heads)
+        return keys, v(context).unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Sequential):

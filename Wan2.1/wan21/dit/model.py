@@ -1,7 +1,7 @@
 """The diffusion transformer: latents, timestep and prompt to a velocity.
 
-Letters: B videos, C channels, t, h, w of the latents, L tokens (t * h/2 * w/2), S prompt tokens, D model width,
-K head width.
+Letters: B videos, C channels, t, h, w of the latents, L tokens (t * h/2 * w/2), S prompt tokens, I image tokens,
+D model width, K head width.
 
 Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.02747).
 """
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
+from wan21.dit.image import ImageEmbedding
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
@@ -82,7 +83,7 @@ class Head(nn.Module):
 
 
 class Dit(nn.Module):
-    """The transformer of the text-to-video and text-to-image tasks.
+    """The transformer of all tasks.
 
     Args:
         config: sizes.
@@ -94,7 +95,7 @@ class Dit(nn.Module):
     ONCE: submodules that a run needs before its first step only.
     """
 
-    ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
+    ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "img_emb", "time_embedding", "time_projection")
 
     def __init__(self, config: DitConfig, *, dtype: torch.dtype, operations: Operations | None = None) -> None:
         super().__init__()
@@ -109,6 +110,8 @@ class Dit(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(dim, dim, dtype=dtype),
         )
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config, dtype)
         self.time_embedding = nn.Sequential(
             nn.Linear(config.freq_dim, dim, dtype=torch.float32), nn.SiLU(), nn.Linear(dim, dim, dtype=torch.float32)
         )
@@ -129,6 +132,18 @@ class Dit(nn.Module):
             [F.pad(prompt.to(self.dtype), (0, 0, 0, self.config.text_len - prompt.shape[0])) for prompt in prompts]
         )
         return self.text_embedding(padded)
+
+    def embed_pictures(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The context of a task that looks at pictures, from the prompt's.
+
+        Args:
+            tokens: of CLIP, [pictures, I / pictures, image_dim], of all videos.
+            text: from `embed_text`, [B, text_len, D].
+
+        Returns:
+            [B, I + text_len, D] in the compute dtype.
+        """
+        return torch.cat([self.img_emb(tokens).expand(text.shape[0], -1, -1), text], dim=1)
 
     def embed_time(self, timestep: float, device: torch.device) -> Time:
         """What the network makes of a timestep; the same in every pass of a step."""
@@ -157,9 +172,9 @@ class Dit(nn.Module):
         """The velocity of the flow.
 
         Args:
-            latents: [B, C, t, h, w], float32.
+            latents: [B, in_dim, t, h, w], float32; beside the noisy latents, what they are conditioned on.
             time: the timestep of all videos, 0 to 1000, or what `embed_time` made of it.
-            context: from `embed_text`, [B, S, D].
+            context: from `embed_text` or `embed_pictures`, [B, S, D].
             turns: from `rotations`, those of the plan's tokens; computed here if not given.
             blocks: what to run in place of `self.blocks`, in order; for those who listen to them.
             plan: how to carry it out.

@@ -50,7 +50,11 @@ def _macs(conv: nn.Module, positions: int) -> int:
     return cast("nn.Conv3d", conv).weight.numel() * positions
 
 
-def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
+def block_need(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
+    """What a residual block takes for so many frames, of which `past` earlier ones are remembered.
+
+    In memory its input lies for `stored` positions.
+    """
     first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
     in_dim, out_dim = first.in_channels, first.out_channels
     outer, inner = positions[first], positions[second]
@@ -92,7 +96,7 @@ def _chain(
     need = NOTHING
     for layer in layers:
         if isinstance(layer, ResidualBlock):
-            need = need.then(_block(layer, positions, frames, past, stored))
+            need = need.then(block_need(layer, positions, frames, past, stored))
             stored = positions[layer.residual["6"]]
         elif isinstance(layer, AttentionBlock):
             need = need.then(_attention(layer, positions, frames))

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from wan21.errors import CheckpointError
-from wan21.weights.components import Source
-from wan21.weights.inspect import FolderFacts
+from wan21.weights.components import PartOf, Source
+from wan21.weights.inspect import CLIP_FILE, CLIP_PREFIX, FolderFacts
 from wan21.weights.safetensors_header import StoredTensor
 from wan21.weights.staging import copy_mapped
 
@@ -29,6 +29,16 @@ class CheckpointWeights:
     def t5(self) -> "PthSource":
         """Weights of the text encoder, from its .pth file."""
         return PthSource(self._facts.t5_file)
+
+    def clip(self) -> PartOf:
+        """Weights of CLIP's image tower, from a .pth file that holds its text tower as well.
+
+        Raises:
+            CheckpointError: the folder was inspected for a task that looks at no pictures.
+        """
+        if self._facts.clip_file is None:
+            raise CheckpointError(f"{self._facts.folder} was not asked for {CLIP_FILE}; inspect it for an image task")
+        return PartOf(PthSource(self._facts.clip_file), CLIP_PREFIX)
 
     def vae(self) -> "PthSource":
         """Weights of the VAE, from its .pth file."""

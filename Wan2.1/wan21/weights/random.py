@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from wan21.config import ModelSpec
-from wan21.errors import CheckpointError
+from wan21.errors import CheckpointError, UsageError
 from wan21.weights.components import Source
 from wan21.weights.load import module_shapes
 from wan21.weights.staging import pieces
@@ -47,10 +47,15 @@ _RULES = (
     _Rule(names=r"t5/.*pos_embedding\.embedding\.weight", std=0.3),
     # Pixels saturate beyond -1 and 1; the last layer's input has order one.
     _Rule(names=r"vae/decoder\.head\.2\.weight", std=0.5, per="fan_in"),
+    # CLIP's class token stands beside patches of order one, and positions are added to such.
+    _Rule(names=r"clip/cls_embedding", std=1.0),
+    _Rule(names=r"(clip/pos_embedding|dit/img_emb\.emb_pos)", std=0.3),
+    # Stored from width to width, unlike a linear layer's weight.
+    _Rule(names=r"clip/head", std=1.0, per="width"),
     # Added to the timestep's projection; small, since scales act as 1 + scale in every block.
     _Rule(names=r"dit/.*modulation", std=1.0, per="width"),
     # Norms: near one, and different for each channel, so that a channel in the wrong place shows.
-    _Rule(names=r".*(norm\w*\.weight|gamma)", mean=1.0, std=0.1),
+    _Rule(names=r".*(norm\w*\.weight|gamma|img_emb\.proj\.[04]\.weight)", mean=1.0, std=0.1),
     # Biases: present, and not in the way.
     _Rule(names=r".*\.bias", std=0.02),
     # Linear layers and convolutions: output as large as input.
@@ -85,6 +90,19 @@ class RandomWeights:
 
         with torch.device("meta"):
             return self._source("t5", TextEncoder(self._spec.text, dtype=torch.float32))
+
+    def clip(self) -> "RandomSource":
+        """Weights of the image tower of CLIP.
+
+        Raises:
+            UsageError: the task looks at no pictures.
+        """
+        from wan21.clip.model import ImageEncoder
+
+        if self._spec.clip is None:
+            raise UsageError(f"{self._spec.name} looks at no pictures and has no clip; choose an image task")
+        with torch.device("meta"):
+            return self._source("clip", ImageEncoder(self._spec.clip, dtype=torch.float32))
 
     def vae(self) -> "RandomSource":
         """Weights of the VAE."""

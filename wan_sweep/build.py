@@ -3,6 +3,7 @@
 from typing import Literal, cast
 
 from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
+from wan21.sources import Sources
 from wan_sweep.schema import Job
 
 
@@ -29,7 +30,14 @@ def build_request(job: Job) -> Request:
         guide_scale=job.sample_guide_scale,
         batch_size=job.batch_size,
         micro_batch_size=job.micro_batch_size,
+        sources=build_sources(job),
+        upstream_quirks=job.upstream_quirks,
     )
+
+
+def build_sources(job: Job) -> Sources:
+    """The files to make it from."""
+    return Sources(image=job.image, first_frame=job.first_frame, last_frame=job.last_frame)
 
 
 def build_options(job: Job) -> Options:
@@ -46,6 +54,7 @@ def build_options(job: Job) -> Options:
     return Options(
         precision=job.precision,
         t5_precision=job.t5_precision,
+        clip_precision=job.clip_precision,
         vae_precision=job.vae_precision,
         offload=job.offload,
         load_strategy=job.load_strategy,

@@ -99,13 +99,18 @@ def job_of(config: DictConfig) -> Job:
     return _with_paths(Job(**checked))
 
 
+PATHS = ("output_root", "ckpt_dir", "image", "first_frame", "last_frame")
+"""Knobs that are paths, from the folder of the start."""
+
+
 def _with_paths(job: Job) -> Job:
     if not _FOLDER_NAME.fullmatch(job.name):
         raise UsageError(f"name={job.name} is not a folder's name; use letters, digits and . _ + = - without a path")
     if job.output_root.startswith("~"):
         raise UsageError(f"output_root={job.output_root} was not expanded by the shell; write output_root=$HOME/...")
-    ckpt_dir = None if job.ckpt_dir is None else str(Path(job.ckpt_dir).absolute())
-    return job.replace(output_root=str(Path(job.output_root).absolute()), ckpt_dir=ckpt_dir)
+    # A worker runs in a folder of its own.
+    given = {name: getattr(job, name) for name in PATHS if getattr(job, name) is not None}
+    return job.replace(**{name: str(Path(path).absolute()) for name, path in given.items()})
 
 
 def repeat_of(config: DictConfig) -> int:

@@ -155,7 +155,7 @@ def make_plan(
     )
     resolved = [resolve(candidate.job, machine) for candidate in candidates]
     keys = [
-        job_key(one.job, candidate.repeat, weights=one.weights)
+        job_key(one.job, candidate.repeat, weights=one.weights, sources=one.sources)
         for one, candidate in zip(resolved, candidates, strict=True)
     ]
     older = dict[str, list[tuple[Path, Record]]]()
@@ -178,7 +178,7 @@ def make_plan(
 def single_entry(plan: Plan, candidate: Candidate, machine: Machine, number: int) -> PlannedJob:
     """The entry of a job that a sweeper chose just now."""
     one = resolve(candidate.job, machine)
-    key = job_key(one.job, candidate.repeat, weights=one.weights)
+    key = job_key(one.job, candidate.repeat, weights=one.weights, sources=one.sources)
     entry = _entry(candidate, one, key, number=number, width=1)
     older = list(records_with(Path(candidate.job.output_root), {key})) if candidate.job.resume else []
     return _look_up(entry, older, plan)

@@ -29,6 +29,7 @@ class Record:
         name: Folder of the job inside the sweep's folder.
         overrides: Only what differs between the jobs of this sweep.
         failure: Details of an outcome other than ok: `kind`, `where`, `exit_code`, `log_tail`, or what the worker told.
+        sources: Files that the video is made from, or what stood in for them; empty where the prompt is all.
         metrics: Single numbers; bytes and seconds.
         series: Numbers by step.
         measured_in: Folder of the job from which the numbers were taken over, if they were.
@@ -56,6 +57,7 @@ class Record:
     code_version: str
     environment: Mapping[str, str] = field(default_factory=dict)
     weights: str = ""
+    sources: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     series: Mapping[str, list[float]] = field(default_factory=dict)
     ranks: list[Any] = field(default_factory=list)
@@ -98,7 +100,8 @@ class Record:
                 sweep_name=sweep["name"],
                 sweep_id=sweep["id"],
                 sweep_folder=sweep["folder"],
-                **{name: values[name] for name in _PLAIN},
+                sources=values.get("sources", ""),  # older records have none
+                **{name: values[name] for name in _PLAIN if name != "sources"},
             )
         except (KeyError, TypeError) as error:
             raise RecordError(f"the record is incomplete: {error} is missing or of another type") from error
@@ -117,6 +120,7 @@ _PLAIN = (
     "code_version",
     "environment",
     "weights",
+    "sources",
     "metrics",
     "series",
     "ranks",

@@ -1,7 +1,8 @@
 """Which jobs this machine and this version can run, and what "auto" and null mean on it."""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wan21.config import ModelSpec, check_device, model_spec
@@ -22,11 +23,13 @@ class Resolved:
     Attributes:
         refusal: Why it cannot run here; empty if it can.
         weights: Fingerprint of its checkpoint folder; None for random weights.
+        sources: Fingerprints of the files that it is made from, by knob.
     """
 
     job: Job
     refusal: str = ""
     weights: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(job: Job, machine: Machine) -> Resolved:
@@ -38,7 +41,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         request = build_request(job)
         check_device(build_options(job), device)
         job = job.replace(
-            size=f"{request.shape.width}*{request.shape.height}",
+            size=request.size,
             frame_num=request.shape.num_frames,
             prompt=request.prompt,
             sample_steps=request.num_steps,
@@ -49,7 +52,8 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         _check_device(job, machine)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
-        return Resolved(job=job, weights=_check_checkpoint(job, model_spec(model)))
+        weights = _check_checkpoint(job, model_spec(model))
+        return Resolved(job=job, weights=weights, sources=request.sources.fingerprints())
     except WanError as error:
         return Resolved(job=job, refusal=str(error))
 

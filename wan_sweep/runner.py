@@ -169,6 +169,7 @@ class Sweep:
             code_version=self.plan.code_version,
             environment={**self.plan.environment, **told.get("environment", {})},
             weights=weights,
+            sources=told.get("sources", ""),
             metrics=told.get("metrics", {}),
             series=told.get("series", {}),
             ranks=told.get("ranks", []),

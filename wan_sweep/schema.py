@@ -64,6 +64,7 @@ class Job:
     device: Annotated[Device, Rule(meaning="Where to measure; auto takes the GPU if there is one.")] = "auto"
     precision: Annotated[Precision, Rule(meaning="Weights and compute of the DiT.")] = "fp16"
     t5_precision: Annotated[Precision, Rule(meaning="Weights and compute of the text encoder.")] = "bf16"
+    clip_precision: Annotated[Precision, Rule(meaning="Weights and compute of the image encoder.")] = "fp16"
     vae_precision: Annotated[Precision, Rule(meaning="Weights and compute of the VAE.")] = "fp32"
     load_strategy: Annotated[
         LoadStrategy,
@@ -94,16 +95,20 @@ class Job:
         float, Rule(meaning="Of each streamed component's weights so many GiB stay on the device.", at_least=0)
     ] = 0.0
     rows_at_once: Annotated[
-        int, Rule(meaning="Tokens that pass the DiT's norms and linear layers at once, at most.", at_least=1)
-    ] = 4096
+        int | None,
+        Rule(
+            meaning="Tokens that pass the DiT's norms and linear layers at once, at most; null takes as many as keep "
+            "temporaries small.",
+            at_least=1,
+        ),
+    ] = None
     residual_on_host: Annotated[
         float, Rule(meaning="Share of the DiT's residual that waits on the host, from 0 to 1.", at_least=0)
     ] = 0.0
     vae_budget_gib: Annotated[
         float | None,
         Rule(
-            meaning="GiB that decoding may take besides the VAE's weights: it works in exact tiles; null decodes whole "
-            "frames.",
+            meaning="GiB that the VAE may take besides its weights: it works in exact tiles; null is whole frames.",
             above=0,
         ),
     ] = None
@@ -126,6 +131,18 @@ class Job:
     size: Annotated[str | None, Rule(meaning="WIDTH*HEIGHT in pixels; null is the model's default.")] = None
     frame_num: Annotated[int | None, Rule(meaning="Frames, of the form 4n+1; null is the model's default.")] = None
     prompt: Annotated[str | None, Rule(meaning="What to show; null is a built-in example.")] = None
+    image: Annotated[
+        str | None,
+        Rule(meaning="The picture that i2v starts from, which gives the ratio of sides; null is a built-in example."),
+    ] = None
+    first_frame: Annotated[
+        str | None,
+        Rule(meaning="The first frame of flf2v, which gives the ratio of sides; null is a built-in example."),
+    ] = None
+    last_frame: Annotated[str | None, Rule(meaning="The last frame of flf2v; null is a built-in example.")] = None
+    upstream_quirks: Annotated[
+        bool, Rule(meaning="Do as the official code does where that is a mistake (docs/parity.md).")
+    ] = False
     base_seed: Annotated[int, Rule(meaning="Seed of the noise, the same in all jobs so that they compare.")] = 42
     sample_solver: Annotated[Solver, Rule(meaning="The sampler.")] = "unipc"
     sample_steps: Annotated[int | None, Rule(meaning="Denoising steps; null is the model's default.")] = None
@@ -283,15 +300,16 @@ def digest(values: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
 
 
-def job_key(job: Job, repeat: int, *, weights: str | None = None) -> str:
+def job_key(job: Job, repeat: int, *, weights: str | None = None, sources: Mapping[str, str] | None = None) -> str:
     """The identity of a resolved job: what its result depends on, and which of its repeats it is.
 
     Args:
         job: The job, resolved.
         repeat: Which round of the repeats, from 0.
         weights: Fingerprint of the checkpoint folder, which then counts in place of its path.
+        sources: Fingerprints of the files that the video is made from, by knob; they count in place of the paths.
     """
-    values = {name: getattr(job, name) for name, knob in KNOBS.items() if knob.rule.in_key}
+    values = {name: getattr(job, name) for name, knob in KNOBS.items() if knob.rule.in_key} | dict(sources or {})
     values["ckpt_dir"] = weights or job.ckpt_dir
     return digest({"knobs": values, "repeat": repeat})
 

@@ -125,13 +125,13 @@ class Stage:
     def set_up(cls, folder: Path, assignment: dict[str, Any]) -> "Stage":
         """From what stands in the job.json of a folder."""
         from wan21.runtime import make_runtime
-        from wan21.vae import choose_plan
+        from wan21.vae import choose_plans
         from wan_sweep.build import build_options, build_request, build_spec
 
         job = Job.from_dict(assignment["knobs"])
         is_on_cpu, limit = job.device == "cpu", memory_limit_bytes(job)
         spec, request, options = build_spec(job), build_request(job), build_options(job)
-        choose_plan(spec.vae, options, request.shape.latent)  # refuses a budget that is too small, before any loading
+        choose_plans(spec, options, request.shape.latent)  # refuses a budget that is too small, before any loading
         runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else limit)
         if is_on_cpu and limit is not None:
             limit_this_process(limit)
@@ -200,13 +200,15 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
     job, runtime = stage.job, stage.runtime
     assets = stage.open_assets()
     from wan21.config import idle_knobs
+    from wan21.sources import described
 
     result: dict[str, Any] = {
         "outcome": "ok",
         "reason": "",
         "failure": None,
         "weights": assets.description,
-        "idle_knobs": idle_knobs(stage.options, job.device),
+        "sources": described(stage.spec, stage.request.sources),
+        "idle_knobs": idle_knobs(stage.options, job.device, stage.spec, stage.request),
         "ranks": [],
     }
     with runtime.counting():

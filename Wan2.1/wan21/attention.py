@@ -20,6 +20,9 @@ HOPPER = 9
 Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From q [B, Lq, N, K], k and v [B, Lk, N, K] of one dtype to softmax(q k^T / sqrt(K)) v, [B, Lq, N * K]."""
 
+AttentionWithLse: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""The same as [B, Lq, N, K], and the log of the softmax's denominator, [B, Lq, N, 1], float32."""
+
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v through torch's fused kernels (cuDNN on Hopper, flash elsewhere).
@@ -60,11 +63,67 @@ def attend_with_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return flash_attn_func(q, k, v).flatten(2)
 
 
+def attend_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with what it takes to join it to attention over other keys: the log of the softmax's denominator.
+
+    The kernel that torch would choose is called by its name, since its public function keeps this number to itself.
+
+    Args:
+        q: [B, Lq, N, K].
+        k: [B, Lk, N, K], same dtype.
+        v: [B, Lk, N, K], same dtype.
+
+    Returns:
+        [B, Lq, N, K] in the dtype of q, and log(sum(exp(q k^T / sqrt(K)))), [B, Lq, N, 1], float32.
+
+    Raises:
+        ValueError: torch has no fused kernel for these tensors.
+
+    Memory: the result and one float32 per query and head.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    aten = torch.ops.aten
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v))  # noqa: SLF001
+    if choice == SDPBackend.FLASH_ATTENTION and q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)  # noqa: SLF001
+    elif choice == SDPBackend.FLASH_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)  # noqa: SLF001
+    elif choice == SDPBackend.CUDNN_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)  # noqa: SLF001
+    elif choice == SDPBackend.EFFICIENT_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)  # noqa: SLF001
+    else:
+        raise ValueError(
+            f"torch has no fused attention for {q.dtype} heads of width {q.shape[-1]} on {q.device.type}, and the "
+            "plain one does not tell its denominator; choose another precision"
+        )
+    lse = lse.flatten(2)[..., : q.shape[2]]  # [B, N, Lq]; some kernels add a dimension, some round Lq up
+    return out.transpose(1, 2), lse.transpose(1, 2).unsqueeze(-1)
+
+
+def attend_with_cudnn_and_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by cuDNN's kernel only."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_with_lse(q, k, v)
+
+
+def attend_with_flash_and_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch's own FlashAttention-2 only."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attend_with_lse(q, k, v)
+
+
 _KERNELS: dict[AttentionKernel, Attention] = {
     "sdpa": attend,
     "cudnn": attend_with_cudnn,
     "flash": attend_with_flash,
     "fa3": attend_with_fa3,
+}
+
+_KERNELS_WITH_LSE: dict[AttentionKernel, AttentionWithLse] = {
+    "sdpa": attend_with_lse,
+    "cudnn": attend_with_cudnn_and_lse,
+    "flash": attend_with_flash_and_lse,
 }
 
 
@@ -83,3 +142,8 @@ def choose_attention(name: AttentionKernel, device: torch.device) -> Attention:
         if torch.cuda.get_device_capability(device)[0] != HOPPER:
             raise UsageError("attention_kernel=fa3 needs a Hopper GPU, which this is not; choose attention_kernel=sdpa")
     return _KERNELS[name]
+
+
+def choose_attention_with_lse(name: AttentionKernel) -> AttentionWithLse:
+    """The kernel of that name, telling its denominator; `wan21.config.Options` says which of them do."""
+    return _KERNELS_WITH_LSE[name]

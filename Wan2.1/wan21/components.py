@@ -1,4 +1,4 @@
-"""The three networks as things that come to a device and leave it: T5, DiT and VAE."""
+"""The networks as things that come to a device and leave it: T5, CLIP, DiT and VAE."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from wan21.attention import choose_attention
+from wan21.clip.model import ImageEncoder
 from wan21.config import ModelSpec, Options, check_device
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
+from wan21.errors import UsageError
 from wan21.events import Observer, Span
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
-from wan21.memory.streaming import StreamPlan, stream
+from wan21.memory.streaming import StreamPlan, Unit, stream
+from wan21.parallel.sharding import fill_shares, own_parts, shard, share_bytes, share_table
+from wan21.parallel.world import World
 from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
 from wan21.text.umt5 import TextEncoder
@@ -61,53 +65,143 @@ def make_operations(options: Options, device: torch.device) -> Operations:
 class Components:
     """Loads components, each inside a span, and lets them go.
 
+    Of several processes all have to load the same components in the same order, but a text encoder that is not shared.
+
     Raises:
         UsageError: options that this device cannot follow.
     """
 
     def __init__(
-        self, spec: ModelSpec, options: Options, weights: Weights, runtime: Runtime, observer: Observer
+        self, spec: ModelSpec, options: Options, weights: Weights, runtime: Runtime, observer: Observer, world: World
     ) -> None:
         self._spec = spec
         self._options = options
         self._weights = weights
         self._runtime = runtime
         self._observer = observer
+        self._world = world
         self._operations = make_operations(options, runtime.device)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
 
+    @property
+    def t5_is_shared(self) -> bool:
+        """Whether several processes hold parts of the text encoder, so that all of them have to run it."""
+        is_streamed = self._options.load_strategy != "full" and self._t5_device == self._runtime.device
+        return self._world.size > 1 and (is_streamed or self._options.layout.t5_fsdp)
+
+    @property
+    def _t5_device(self) -> torch.device:
+        return torch.device("cpu") if self._options.t5_cpu else self._runtime.device
+
     def t5(self) -> Component[TextEncoder]:
         """The text encoder, on the CPU if t5_cpu."""
-        dtype = DTYPES[self._options.t5_precision]
-        device = torch.device("cpu") if self._options.t5_cpu else self._runtime.device
+        dtype, device = DTYPES[self._options.t5_precision], self._t5_device
         with torch.device("meta"):
             module = TextEncoder(self._spec.text, dtype=dtype)
+        if self._options.layout.t5_fsdp:
+            blocks, tables = all_in_parts(module.blocks), ["token_embedding"]
+            return self._shard("t5", module, self._weights.t5, blocks, tables=tables, entrances=["encode"])
         if self._options.load_strategy == "full" or device != self._runtime.device:
             return self._load("t5", module, self._weights.t5, device)
         return self._stream("t5", module, self._weights.t5, all_in_parts(module.blocks), tables=["token_embedding"])
+
+    def clip(self) -> Component[ImageEncoder]:
+        """The image encoder, without what is never run.
+
+        Raises:
+            UsageError: the task looks at no pictures.
+        """
+        if self._spec.clip is None:
+            raise UsageError(f"{self._spec.name} looks at no pictures and has no clip")
+        dtype = DTYPES[self._options.clip_precision]
+        with torch.device("meta"):
+            stored, module = (ImageEncoder(self._spec.clip, dtype=dtype) for _ in range(2))
+        module.drop_unread()
+        if self._options.load_strategy == "full":
+            return self._load("clip", module, self._weights.clip, self._runtime.device, stored)
+        blocks = all_in_parts(module.blocks)
+        return self._stream("clip", module, self._weights.clip, blocks, within="transformer", stored=stored)
 
     def dit(self) -> Component[Dit]:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
+        if self._options.layout.dit_fsdp:
+            blocks, entrances = all_in_parts(module.blocks), ["embed_text", "embed_pictures", "embed_time"]
+            return self._shard("dit", module, self._weights.dit, blocks, once=Dit.ONCE, entrances=entrances)
         if self._options.load_strategy == "full":
             return self._load("dit", module, self._weights.dit, self._runtime.device)
         return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)
 
-    def vae(self) -> Component[Vae]:
-        """The VAE, encoder and decoder."""
+    def vae(self, *, encodes: bool) -> Component[Vae]:
+        """The VAE: the decoder, and the encoder if something will be encoded."""
+        dtype = DTYPES[self._options.vae_precision]
         with torch.device("meta"):
-            module = Vae(self._spec.vae, dtype=DTYPES[self._options.vae_precision], kernels=self._options.kernels)
-        return self._load("vae", module, self._weights.vae, self._runtime.device)
+            stored, module = (Vae(self._spec.vae, dtype=dtype, kernels=self._options.kernels) for _ in range(2))
+        if not encodes:
+            module.drop_encoder()
+        return self._load("vae", module, self._weights.vae, self._runtime.device, stored)
 
-    def _load(self, name: str, module: M, open_source: OpenSource, device: torch.device) -> Component[M]:
+    def _load(
+        self, name: str, module: M, open_source: OpenSource, device: torch.device, stored: nn.Module | None = None
+    ) -> Component[M]:
+        """Brings a module to a device.
+
+        Args:
+            name: of the component.
+            module: on the meta device.
+            open_source: of its weights.
+            device: where they go.
+            stored: the module as it is stored, if something of that is not needed.
+        """
         on_device = parameter_bytes(module) if device == self._runtime.device else 0
         # Files are opened and closed inside the span: on a CPU, what is mapped counts as allocated.
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
-            check_names(module, source)
+            check_names(stored or module, source)
             materialize(module, source, device)
         return Component(module, device)
+
+    def _shard(
+        self,
+        name: str,
+        module: M,
+        open_source: OpenSource,
+        blocks: Sequence[InParts],
+        *,
+        once: Sequence[str] = (),
+        tables: Sequence[str] = (),
+        entrances: Sequence[str] = (),
+    ) -> Component[M]:
+        """Brings this process's share of everything to the device.
+
+        Args:
+            name: of the component.
+            module: on the meta device.
+            open_source: of its weights.
+            blocks: of the module.
+            once: submodules that a run needs once.
+            tables: submodules that look up.
+            entrances: methods by which the module is used beside `forward`.
+        """
+        device, group = self._runtime.device, self._world.everyone
+        self._share_tables(module, open_source, tables)
+        others = [child for name, child in module.named_children() if name in once]
+        shard(module, blocks, others=others, entrances=entrances, group=group, device=device)
+        expected = share_bytes(module)
+        with self._observer.span(Span(kind="component", name=name, expected_bytes=expected)), open_source() as source:
+            fill_shares(module, source.write_part, device)
+        module.eval()
+        return Component(module, device)
+
+    def _share_tables(
+        self, module: nn.Module, open_source: OpenSource, tables: Sequence[str], stored: nn.Module | None = None
+    ) -> None:
+        """Of several processes each will have some rows of these tables. The module's names are checked while whole."""
+        with open_source() as source:
+            check_names(stored or module, source)
+        for table in tables if self._world.size > 1 else ():
+            share_table(module, table, self._world.everyone, self._runtime.device)
 
     def _stream(
         self,
@@ -118,8 +212,10 @@ class Components:
         *,
         once: Sequence[str] = (),
         tables: Sequence[str] = (),
+        within: str = "blocks",
+        stored: nn.Module | None = None,
     ) -> Component[M]:
-        """Brings the blocks to the host and the rest to the device.
+        """Brings the blocks to the host and the rest to the device; of several processes each its share of the blocks.
 
         Args:
             name: of the component.
@@ -128,23 +224,30 @@ class Components:
             blocks: of the module.
             once: submodules that a run needs once; with load_strategy=part they wait on the host.
             tables: submodules that look up; with load_strategy=part they stay on the host.
+            within: the module's name of its blocks.
+            stored: the module as it is stored, if something of that is not needed.
         """
-        runtime, by_parts = self._runtime, self._options.load_strategy == "part"
+        runtime, by_parts, group = self._runtime, self._options.load_strategy == "part", self._world.everyone
+        self._share_tables(module, open_source, tables, stored)
         aside = (*once, *tables) if by_parts else ()
-        plan = StreamPlan(blocks, "part" if by_parts else "block", int(self._options.resident_gib * GIB))
-        elsewhere = parameters_below(module, ["blocks", *aside])
+        unit: Unit = "part" if by_parts else "block"
+        plan = StreamPlan(blocks, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
+        own, elsewhere = own_parts(module), parameters_below(module, [within, *aside])
         on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
-            check_names(module, source)
-            for parameter_name, parameter in list(module.named_parameters()):
+
+            def write(name: str, to: torch.Tensor, first: int) -> None:
+                source.write_part(name, to, own[name][1] + first)
+
+            for parameter_name, (part, _) in own.items():
                 if parameter_name not in elsewhere:
-                    weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=runtime.device)
-                    source.write(parameter_name, weight)
+                    weight = torch.empty(part.shape, dtype=part.dtype, device=runtime.device)
+                    write(parameter_name, weight.view(-1), 0)
                     put(module, parameter_name, weight)
-            stream(blocks, plan, lambda index, leaf, to: source.write(f"blocks.{index}.{leaf}", to), runtime)
+            stream(blocks, plan, lambda index, leaf, *to: write(f"{within}.{index}.{leaf}", *to), runtime, group)
             for table in tables if by_parts else ():
-                keep_on_host(module, table, source.write, runtime)
-            parked = Parked(module, once, source.write, runtime) if by_parts and once else None
+                keep_on_host(module, table, write, runtime)
+            parked = Parked(module, once, write, runtime, group) if by_parts and once else None
         module.eval()
         return Component(module, runtime.device, parked)
 
@@ -163,7 +266,7 @@ class ObservedBlocks:
 
 
 def blocks_to_run(
-    component: Component[TextEncoder] | Component[Dit], runtime: Runtime, observer: Observer
+    component: Component[TextEncoder] | Component[ImageEncoder] | Component[Dit], runtime: Runtime, observer: Observer
 ) -> Iterable[nn.Module]:
     """The component's blocks, observed if the observer wants that."""
     blocks: Iterable[nn.Module] = component.module.blocks

@@ -6,10 +6,12 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,6 +36,7 @@ from wan21.config import (
 )
 from wan21.errors import UsageError, WanError
 from wan21.events import Span
+from wan21.parallel.layout import Layout, check_layout
 
 TRUE_WORDS = ("yes", "true", "t", "y", "1")
 FALSE_WORDS = ("no", "false", "f", "n", "0")
@@ -80,10 +83,11 @@ def parser() -> argparse.ArgumentParser:
     add("--load_strategy", choices=LOAD_STRATEGIES, default="full", help="block and part stream weights from host")
     add("--attention_slicing", type=slices, default=1, help="true, false or a number of slices")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks where gradients are kept")
-    for flag in ("--ulysses_size", "--ring_size"):
-        add(flag, type=int, default=1, help="ranks of sequence parallelism; this version runs one")
-    for flag in ("--t5_fsdp", "--dit_fsdp"):
-        add(flag, action="store_true", help="shard over ranks; this version runs one")
+    add("--ulysses_size", type=int, default=1, help="ranks that share the heads of attention; start them with torchrun")
+    add("--ring_size", type=int, default=1, help="ranks that pass keys and values around")
+    add("--cfg_parallel", action="store_true", help="the two passes of guidance on two halves of the ranks")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder's weights over the ranks")
+    add("--dit_fsdp", action="store_true", help="shard the DiT's weights over the ranks")
     add("--device", default=None, help="cuda, cuda:N or cpu; default: the GPU if there is one")
     return flags
 
@@ -93,13 +97,14 @@ class ProgressBars:
 
     wants_blocks = False
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         self.display = Progress(
             TextColumn("{task.description:>12}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            console=console,
         )
         self._steps: TaskID | None = None
 
@@ -127,23 +132,8 @@ def default_path(spec: ModelSpec, size: str, prompt: str) -> Path:
     return Path(f"{spec.name}_{size.replace('*', 'x')}_1_1_{words}_{stamp}{'.png' if spec.is_image else '.mp4'}")
 
 
-def refuse_several_ranks(flags: argparse.Namespace) -> None:
-    """Takes the official flags of parallelism at their defaults, and nothing else.
-
-    Raises:
-        UsageError: a flag asks for more than one rank.
-    """
-    for name in ("ulysses_size", "ring_size"):
-        if getattr(flags, name) != 1:
-            raise UsageError(f"{name}={getattr(flags, name)} needs several ranks, and this version runs one; choose 1")
-    for name in ("t5_fsdp", "dit_fsdp"):
-        if getattr(flags, name):
-            raise UsageError(f"{name} needs several ranks, and this version runs one; leave it out")
-
-
 def run(flags: argparse.Namespace) -> None:
     """Generates what the flags ask for and writes it."""
-    refuse_several_ranks(flags)
     spec = model_spec(flags.task)
     seed = flags.base_seed if flags.base_seed >= 0 else secrets.randbelow(2**63)
     request = make_request(
@@ -165,7 +155,15 @@ def run(flags: argparse.Namespace) -> None:
         attention_slices=flags.attention_slicing,
         gradient_checkpointing=flags.gradient_checkpointing,
         ckpt_dir=None if flags.ckpt_dir == "random" else flags.ckpt_dir,
+        layout=Layout(
+            ulysses=flags.ulysses_size,
+            ring=flags.ring_size,
+            cfg=2 if flags.cfg_parallel else 1,
+            dit_fsdp=flags.dit_fsdp,
+            t5_fsdp=flags.t5_fsdp,
+        ),
     )
+    check_layout(options.layout, spec, request)
     path = flags.save_file or default_path(spec, flags.size or spec.default_size, request.prompt)
     suffix = ".png" if spec.is_image else ".mp4"
     if path.suffix.lower() != suffix:
@@ -178,31 +176,37 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def generate_to(path: Path, spec: ModelSpec, request: Request, options: Options, device: str | None) -> None:
-    """Runs the pipeline and writes its result to a file."""
-    from rich.console import Console
+    """Runs the pipeline and writes its result to a file.
 
+    Of several processes each runs its part; the first one draws the seed for all, talks, and writes.
+    """
     from wan21.assets import open_assets
     from wan21.frames import save_image, save_video
+    from wan21.parallel.exchange import agreed
+    from wan21.parallel.world import connect, local_device
     from wan21.pipeline import TextToVideo
     from wan21.runtime import default_device, make_runtime
 
-    console = Console()
-    device = device or default_device()
+    device = local_device(device or default_device())
     runtime = make_runtime(device)
+    world = connect(options.layout, runtime)
+    request = replace(request, seed=agreed(world.everyone, request.seed, runtime.device))
+    console = Console(quiet=world.rank > 0)
     assets = open_assets(spec, options, runtime)
     console.print(f"{spec.name} on {device}, {options.precision}, weights: {assets.description}, seed {request.seed}")
     for knob, reason in idle_knobs(options, runtime.device.type).items():
         console.print(f"{knob} changes nothing: {reason}")
-    bars = ProgressBars()
+    bars = ProgressBars(console)
     with bars.display:
-        pipeline = TextToVideo(spec, options, assets, runtime, bars)
-        video = pipeline.generate(request).videos[0]
-        with bars.span(Span(kind="phase", name="save")):
-            if spec.is_image:
-                save_image(video[0], path)
-            else:
-                save_video(video, path)
+        pipeline = TextToVideo(spec, options, assets, runtime, bars, world)
+        for video in pipeline.generate(request).videos[:1]:
+            with bars.span(Span(kind="phase", name="save")):
+                if spec.is_image:
+                    save_image(video[0], path)
+                else:
+                    save_video(video, path)
     console.print(f"wrote {path}")
+    world.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

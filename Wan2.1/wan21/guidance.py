@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from wan21.parallel.exchange import gathered
+from wan21.parallel.world import Group
+
 Velocity = Callable[[torch.Tensor], torch.Tensor]
 """A context [B, S, D] to a velocity [B, C, t, h, w], latents and timestep being fixed."""
 
@@ -34,4 +37,20 @@ def guided(
     if unconditioned is None:
         return towards
     away = velocity(unconditioned)
+    return away + scale * (towards - away)
+
+
+def guided_together(velocity: Velocity, context: torch.Tensor, scale: float, group: Group) -> torch.Tensor:
+    """The same, each of two processes making one pass; both get the same bits, which are those of one process.
+
+    Args:
+        velocity: the model.
+        context: of the prompts for the group's first member, of the negative prompts for the second.
+        scale: as above.
+        group: the two.
+
+    Returns:
+        [B, C, t, h, w], float32.
+    """
+    towards, away = gathered(group, velocity(context))
     return away + scale * (towards - away)

@@ -1,10 +1,11 @@
-"""Text to video, and text to image, which is a video of one frame.
+"""From a prompt, and perhaps pictures, to videos; an image is a video of one frame.
 
-Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; D model width.
+Letters: B videos; T, H, W of a video; C, t, h, w of its latents; S prompt tokens; I image tokens; D model width.
 
 Reference: Wan2.1 (arXiv 2503.20314).
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,19 +14,27 @@ from functools import partial
 import torch
 
 from wan21.assets import Assets
+from wan21.clip.model import ImageEncoder
+from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
-from wan21.config import COMPONENTS, ModelSpec, Options, Request
+from wan21.conditioning import Condition, frame_chunks, frame_mask, load_pictures, resized
+from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
+from wan21.decoding import decode
 from wan21.dit.model import Dit, ForwardPlan
+from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
-from wan21.frames import to_uint8
-from wan21.guidance import guided
+from wan21.guidance import guided, guided_together
 from wan21.memory.hosted import HostedResidual
-from wan21.memory.slicing import choose_query_slices
+from wan21.memory.slicing import choose_query_slices, choose_rows
+from wan21.parallel.exchange import broadcast
+from wan21.parallel.layout import check_layout
+from wan21.parallel.tokens import shared_tokens
+from wan21.parallel.world import ALONE, World
 from wan21.runtime import Runtime
-from wan21.samplers import make_sampler
-from wan21.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from wan21.samplers import Sampler, make_sampler
+from wan21.shapes import VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import choose_plan
+from wan21.vae import choose_plans
 from wan21.vae.vae import Vae
 from wan21.vae.warm_up import warm_up
 
@@ -34,7 +43,7 @@ from wan21.vae.warm_up import warm_up
 class Generation:
     """What came out.
 
-    videos: one [T, H, W, 3] per video, uint8, on the host.
+    videos: one [T, H, W, 3] per video, uint8, on the host; of several processes the one of rank 0 has them alone.
     latents: [B, C, t, h, w], float32, on the host.
     seeds: of each video's noise.
     """
@@ -45,7 +54,7 @@ class Generation:
 
 
 class TextToVideo:
-    """The pipeline of the t2v and t2i tasks.
+    """The pipeline of all tasks.
 
     Without offload all components come to the device at the start and stay. With offload each comes when its phase
     begins and leaves when that ends; weights never change, so leaving means being dropped, and nothing is copied back.
@@ -56,6 +65,7 @@ class TextToVideo:
         assets: where weights come from, and the tokenizer.
         runtime: where to compute.
         observer: who listens.
+        world: this process's place among those that make the videos together.
     """
 
     def __init__(
@@ -65,14 +75,22 @@ class TextToVideo:
         assets: Assets,
         runtime: Runtime,
         observer: Observer = SILENT,
+        world: World = ALONE,
     ) -> None:
         self._spec = spec
         self._options = options
         self._tokenizer = assets.tokenizer
         self._runtime = runtime
         self._observer = observer
-        self._components = Components(spec, options, assets.weights, runtime, observer)
+        self._world = world
+        if world.layout != options.layout:
+            raise UsageError(
+                f"options.layout={options.layout} differs from that of the processes, {world.layout}; connect with the "
+                "layout of the options"
+            )
+        self._components = Components(spec, options, assets.weights, runtime, observer, world)
         self._t5: Component[TextEncoder] | None = None
+        self._clip: Component[ImageEncoder] | None = None
         self._dit: Component[Dit] | None = None
         self._vae: Component[Vae] | None = None
 
@@ -81,22 +99,29 @@ class TextToVideo:
         """Videos for a request: `batch_size` of them, with the seeds `seed`, `seed` + 1, ...
 
         Videos share a forward in groups of `micro_batch_size`. All prompts are encoded first and all videos decoded
-        last, so that each component is needed once.
+        last, so that each component is needed once. Of several processes all have to call this, with equal requests.
 
         Raises:
-            UsageError: `vae_budget_gib` is too little; nothing has been loaded then.
+            UsageError: the request cannot be run in this layout, or within `vae_budget_gib`; nothing has been loaded.
         """
-        plan = choose_plan(self._spec.vae, self._options, request.shape.latent)
+        check_layout(self._options.layout, self._spec, request)
+        plans = choose_plans(self._spec, self._options, request.shape.latent)
         if self._options.kernels == "fused":
-            warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime.device, plan.frames_at_once)
+            dtype = DTYPES[self._options.vae_precision]
+            warm_up(self._spec.vae, dtype, self._runtime.device, plans.decode.frames_at_once)
             self._runtime.empty_cache()
+        pictures = load_pictures(self._spec, request)
         if not self._options.offload:
             with self._phase("load"):
-                self._t5 = self._t5 or self._components.t5()
+                if self._encodes_text:
+                    self._t5 = self._t5 or self._components.t5()
+                self._clip = self._clip or (self._components.clip() if pictures else None)
                 self._dit = self._dit or self._components.dit()
-                self._vae = self._vae or self._components.vae()
+                self._vae = self._vae or self._components.vae(encodes=bool(pictures))
         texts = [request.prompt] if request.guide_scale == 1 else [request.prompt, request.negative_prompt]
-        latents = self._denoise(request, self._encode_text(texts))
+        prompts = self._encode_text(texts)
+        condition = self._encode_pictures(pictures, request.shape) if pictures else None
+        latents = self._denoise(request, prompts, condition)
         videos = self._decode(latents)
         seeds = [request.seed + i for i in range(request.batch_size)]
         return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
@@ -108,6 +133,8 @@ class TextToVideo:
                 with self._observer.span(Span(kind="release", name=name)):
                     self._runtime.synchronize()  # a copy into the component's buffers may be on its way
                     setattr(self, f"_{name}", None)
+                    if self._options.layout.dit_fsdp or self._options.layout.t5_fsdp:
+                        gc.collect()  # torch's FSDP ties modules into circles
                     self._runtime.empty_cache()
 
     def _phase(self, name: str) -> AbstractContextManager[object]:
@@ -127,36 +154,91 @@ class TextToVideo:
         with self._stay():
             if self._t5 is None:
                 with self._phase("load"):
-                    self._t5 = self._components.t5()
+                    self._t5 = self._components.t5() if self._encodes_text else None
             with self._phase("encode_text"):
-                return self._encode(self._t5, texts)
+                ids = [torch.tensor([self._tokenizer(text)]) for text in texts]
+                encoded = self._await_text(ids) if self._t5 is None else self._encode(self._t5, ids)
+                if not self._components.t5_is_shared:
+                    for prompt in encoded:
+                        broadcast(self._world.everyone, prompt)
+                return encoded
 
-    def _encode(self, t5: Component[TextEncoder], texts: list[str]) -> list[torch.Tensor]:
-        ids = [torch.tensor([self._tokenizer(text)], device=t5.device) for text in texts]
-        encoded = t5.module.encode(ids, blocks=blocks_to_run(t5, self._runtime, self._observer))
+    @property
+    def _encodes_text(self) -> bool:
+        """Of several processes the first encodes for all, unless each holds a part of the encoder."""
+        return self._world.rank == 0 or self._components.t5_is_shared
+
+    def _encode(self, t5: Component[TextEncoder], ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        blocks = blocks_to_run(t5, self._runtime, self._observer)
+        encoded = t5.module.encode([prompt.to(t5.device) for prompt in ids], blocks=blocks)
         return [prompt[0].to(self._runtime.device) for prompt in encoded]
 
-    def _denoise(self, request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _await_text(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Room for what the first process encodes."""
+        dtype, device = DTYPES[self._options.t5_precision], self._runtime.device
+        return [torch.empty(prompt.shape[1], self._spec.text.dim, dtype=dtype, device=device) for prompt in ids]
+
+    def _encode_pictures(self, pictures: list[torch.Tensor], shape: VideoShape) -> Condition:
+        """What CLIP and the VAE make of the pictures; with offload one is gone before the other comes."""
+        device = self._runtime.device
+        with self._stay():
+            if self._clip is None:
+                with self._phase("load"):
+                    self._clip = self._components.clip()
+            with self._phase("encode_image"):
+                tokens = self._look(self._clip, pictures)
+        with self._stay():
+            if self._vae is None:
+                with self._phase("load"):
+                    self._vae = self._components.vae(encodes=True)
+            with self._phase("encode_image"):
+                frames = self._encode_frames(self._vae.module, [resized(picture, shape) for picture in pictures], shape)
+                mask = frame_mask(shape, len(pictures)).to(device)
+                return Condition(tokens=tokens, latents=torch.cat([mask[None], frames], dim=1))
+
+    def _look(self, clip: Component[ImageEncoder], pictures: list[torch.Tensor]) -> torch.Tensor:
+        """CLIP's tokens of pictures, [pictures, I, width]."""
+        size = clip.module.config.image_size
+        pixels = torch.stack([preprocess(picture, size) for picture in pictures]).to(clip.device)
+        return clip.module(pixels, blocks_to_run(clip, self._runtime, self._observer))
+
+    def _encode_frames(self, vae: Vae, frames: list[torch.Tensor], shape: VideoShape) -> torch.Tensor:
+        """Latents [1, C, t, h, w] of the video that has the first, and perhaps the last, of its frames."""
+        plan = choose_plans(self._spec, self._options, shape.latent).encode
+        chunks = partial(frame_chunks, frames, shape, self._runtime.device)
+        return vae.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width), plan)
+
+    def _denoise(
+        self, request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
         with self._stay():
             if self._dit is None:
                 with self._phase("load"):
                     self._dit = self._components.dit()
             with self._phase("denoise"):
-                return self._sample(self._dit, request, prompts)
+                return self._sample(self._dit, request, prompts, condition)
 
-    def _sample(self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _sample(
+        self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor], condition: Condition | None
+    ) -> list[torch.Tensor]:
         model = dit.module
+        config, itemsize = self._spec.dit, model.dtype.itemsize
+        pair = self._world.cfg
+        with dit.with_parked():
+            contexts = [model.embed_text([prompt]) for prompt in (prompts if pair.size == 1 else [prompts[pair.rank]])]
+            if condition is not None:
+                contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
+            timesteps = self._sampler(request).timesteps
+            times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
+        tokens = shared_tokens(request.shape.num_tokens, self._world, self._options.attention_kernel)
+        turns = tokens.own(model.rotations(request.shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
-            query_slices=choose_query_slices(self._options.attention_slices, request.shape.num_tokens),
-            most_rows=self._options.rows_at_once,
+            query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),
+            most_rows=choose_rows(self._options.rows_at_once, config.ffn_dim * itemsize),
+            tokens=tokens,
             gradient_checkpointing=self._options.gradient_checkpointing,
         )
-        with dit.with_parked():
-            contexts = [model.embed_text([prompt]) for prompt in prompts]
-            timesteps = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift).timesteps
-            times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        turns = model.rotations(request.shape.grid, self._runtime.device)
         groups = [
             range(first, min(first + request.micro_batch_size, request.batch_size))
             for first in range(0, request.batch_size, request.micro_batch_size)
@@ -164,35 +246,45 @@ class TextToVideo:
         total = len(groups) * request.num_steps
         finished: list[torch.Tensor] = []
         for group_index, group in enumerate(groups):
-            sampler = make_sampler(request.solver, num_steps=request.num_steps, shift=request.shift)
+            sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
-            conditioned, *negative = (context.expand(len(group), -1, -1) for context in contexts)
-            with self._residual(len(group), request) as residual:
+            context, *negative = (context.expand(len(group), -1, -1) for context in contexts)
+            with self._residual(len(group), turns.shape[0], plan.most_rows) as residual:
                 forward = partial(model, turns=turns, plan=plan, residual=residual)
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
-                        run = partial(forward, sample, time.to(self._runtime.device))
+                        given = sample if condition is None else condition.beside(sample)
+                        run = partial(forward, given, time.to(self._runtime.device))
 
                         def velocity(context: torch.Tensor, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
                             return run(context, blocks=blocks_to_run(dit, self._runtime, self._observer))
 
-                        flow = guided(velocity, conditioned, negative[0] if negative else None, request.guide_scale)
+                        if pair.size > 1:
+                            flow = guided_together(velocity, context, request.guide_scale, pair)
+                        else:
+                            flow = guided(velocity, context, negative[0] if negative else None, request.guide_scale)
                         sample = sampler.step(flow, sample)
-                        del flow
+                        del flow, given
             finished += sample.split(1)
         return finished
 
+    def _sampler(self, request: Request) -> Sampler:
+        return make_sampler(
+            request.solver,
+            num_steps=request.num_steps,
+            shift=request.shift,
+            rounds_products=rounds_products(self._spec, self._options, request),
+        )
+
     @contextmanager
-    def _residual(self, batch_size: int, request: Request) -> Iterator[HostedResidual | None]:
+    def _residual(self, batch_size: int, num_rows: int, most_rows: int) -> Iterator[HostedResidual | None]:
         """Where the residual is kept if not in one tensor on the device."""
-        share, rows = self._options.residual_on_host, self._options.rows_at_once
+        share = self._options.residual_on_host
         if not share:
             yield None
             return
-        residual = HostedResidual(
-            (batch_size, request.shape.num_tokens, self._spec.dit.dim), rows, share, self._runtime
-        )
+        residual = HostedResidual((batch_size, num_rows, self._spec.dit.dim), most_rows, share, self._runtime)
         try:
             yield residual
         finally:
@@ -200,30 +292,22 @@ class TextToVideo:
 
     def _noise(self, request: Request, seed: int) -> torch.Tensor:
         """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
-        shape = (1, self._spec.dit.in_dim, *request.shape.latent)
+        shape = (1, self._spec.dit.out_dim, *request.shape.latent)
         generator = self._runtime.generator(seed)
         return torch.randn(shape, generator=generator, device=self._runtime.device, dtype=torch.float32)
 
     def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Each video as [T, H, W, 3], uint8, on the host; frames leave the device as they are decoded."""
+        """Each video as [T, H, W, 3], uint8, on the host of the first process; frames leave the device as they come."""
         videos = []
         with self._stay():
             if self._vae is None:
                 with self._phase("load"):
-                    self._vae = self._components.vae()
+                    self._vae = self._components.vae(encodes=False)
             with self._phase("decode"):
+                vae = self._vae.module
                 for index, latent in enumerate(latents):
                     with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
-                        videos.append(self._decode_one(self._vae.module, latent))
-        return videos
-
-    def _decode_one(self, vae: Vae, latent: torch.Tensor) -> torch.Tensor:
-        t, h, w = latent.shape[2:]
-        plan = choose_plan(self._spec.vae, self._options, (t, h, w))
-        num_frames = TEMPORAL_STRIDE * (t - 1) + 1
-        video = torch.empty(num_frames, SPATIAL_STRIDE * h, SPATIAL_STRIDE * w, 3, dtype=torch.uint8)
-        for piece in vae.decode_pieces(latent, plan):
-            frames = to_uint8(piece.pixels[0], is_image=self._spec.is_image).cpu()
-            video[piece.frames, piece.rows, piece.cols] = frames
-            del piece  # or it would stand beside the next one
-        return video
+                        t, h, w = latent.shape[2:]
+                        plan = choose_plans(self._spec, self._options, (t, h, w)).decode
+                        videos.append(decode(vae, latent, plan, self._world, is_image=self._spec.is_image))
+        return [video for video in videos if video is not None]

@@ -4,6 +4,7 @@ Letters: T, H, W of the video; t, h, w of the latents (t = (T - 1) / 4 + 1, h = 
 (t * h/2 * w/2).
 """
 
+import math
 from dataclasses import dataclass
 
 from wan21.errors import UsageError
@@ -11,6 +12,8 @@ from wan21.errors import UsageError
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
 PATCH = 2
+NUM_POSITIONS = 1024
+"""Tokens along one side, at most, for which the models have positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,34 @@ class VideoShape:
         """Tokens of one video: L."""
         t, h, w = self.grid
         return t * h * w
+
+
+def sides_like(picture: tuple[int, int], *, area: int) -> tuple[int, int]:
+    """Height and width of a video of about this area whose sides are as a picture's.
+
+    In floating point exactly as upstream: what comes out just below a whole number is rounded down with the rest, so
+    that 832 x 480 with its own area gives 832 x 464.
+
+    Args:
+        picture: its width and height.
+        area: pixels of a frame, about.
+
+    Raises:
+        UsageError: the picture is so long and narrow that a side would vanish, or be longer than there are positions.
+    """
+    width, height = picture
+    ratio = height / width
+    sides = [
+        SPATIAL_STRIDE * round(math.sqrt(pixels) // SPATIAL_STRIDE // PATCH * PATCH)
+        for pixels in (area * ratio, area / ratio)
+    ]
+    unit = SPATIAL_STRIDE * PATCH
+    if not all(unit <= side <= NUM_POSITIONS * unit for side in sides):
+        raise UsageError(
+            f"a picture of {width}*{height} pixels is too long and narrow: with an area of {area} pixels one side of "
+            f"the video would be less than {unit} or more than {NUM_POSITIONS * unit} pixels; crop the picture"
+        )
+    return sides[0], sides[1]
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wan21.config import DIT_1_3B, DIT_14B, MODELS, DitConfig
+from wan21.config import DIT_1_3B, DIT_14B, DIT_FLF2V_14B, DIT_I2V_14B, MODELS, DitConfig
 from wan21.errors import CheckpointError
 from wan21.weights.detect import detect, require_match
 from wan21.weights.safetensors_header import StoredTensor
@@ -37,8 +37,8 @@ def t2v(official: Official) -> Tensors:
     [
         ("t2v-1.3B", "t2v", DIT_1_3B, 825),
         ("t2v-14B", "t2v", DIT_14B, 1095),
-        ("i2v-14B", "i2v", replace(DIT_14B, in_dim=36), 1303),
-        ("flf2v-14B", "flf2v", replace(DIT_14B, in_dim=36), 1304),
+        ("i2v-14B", "i2v", DIT_I2V_14B, 1303),
+        ("flf2v-14B", "flf2v", DIT_FLF2V_14B, 1304),
         ("vace-1.3B", "vace", DIT_1_3B, 1264),
         ("vace-14B", "vace", DIT_14B, 1331),
     ],

@@ -78,6 +78,17 @@ def test_runs_on_a_closed_form_velocity_equal_the_official_ones(golden: dict[str
     assert num_paths > 0
 
 
+def test_products_rounded_as_upstreams_give_its_runs_on_a_gpu(golden: dict[str, Any]) -> None:
+    num_differing = 0
+    for entry in golden["sampler_runs"]["runs"]:
+        sampler = make_sampler("unipc", num_steps=entry["steps"], shift=entry["shift"], rounds_products=True)
+        path = run(sampler, torch.tensor(golden["sampler_runs"]["x0"]), closed_form_velocity)
+        final = torch.tensor(entry["unipc_cuda_autocast_emulated_final"])
+        torch.testing.assert_close(path[-1], final, atol=GOLDEN_TOLERANCE, rtol=0)
+        num_differing += bool((final - torch.tensor(entry["unipc_final"])).abs().max() > 2 * GOLDEN_TOLERANCE)
+    assert num_differing == len(golden["sampler_runs"]["runs"])
+
+
 def diffusers_unipc(num_steps: int, shift: float) -> Any:
     from diffusers import UniPCMultistepScheduler
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from wan21.memory.parked import Parked, keep_on_host
-from wan21.memory.slicing import choose_query_slices
+from wan21.memory.slicing import GRAIN, TEMPORARY_BYTES, choose_query_slices, choose_rows
 from wan21.memory.streaming import StreamPlan, Unit, stream
 from wan21.parts import InParts
 from wan21.runtime import CpuRuntime
@@ -59,8 +60,10 @@ def weight(index: int, name: str, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / WIDTH
 
 
-def write(index: int, name: str, to: torch.Tensor) -> None:
-    to.copy_(weight(index, name, to.shape))
+def write(index: int, name: str, to: torch.Tensor, first: int) -> None:
+    (module,) = meta_blocks(1)
+    flat = weight(index, name, module.get_parameter(name).shape).view(-1)
+    to.copy_(flat[first : first + to.numel()])
 
 
 def meta_blocks(num_blocks: int, kind: type[InParts] = Layers) -> list[InParts]:
@@ -247,7 +250,7 @@ def test_a_parameter_in_no_part_or_in_two_is_refused() -> None:
 def test_parked_weights_are_there_inside_only_and_equal() -> None:
     runtime = CpuRuntime()
     (module,), (expected,) = meta_blocks(1), resident(1)
-    parked = Parked(module, ["wide", "back"], lambda name, to: write(0, name, to), runtime)
+    parked = Parked(module, ["wide", "back"], partial(write, 0), runtime)
     x = torch.ones(1, WIDTH)
     with runtime.counting():
         before = runtime.memory().allocated_bytes
@@ -265,15 +268,23 @@ def test_a_table_kept_on_the_host_takes_no_device_memory() -> None:
     (module,) = meta_blocks(1)
     with runtime.counting():
         before = runtime.memory().allocated_bytes
-        keep_on_host(module, "wide", lambda name, to: write(0, name, to), runtime)
+        keep_on_host(module, "wide", partial(write, 0), runtime)
         assert runtime.memory().allocated_bytes - before < 4096  # drawn here, in passing
     assert runtime.host_buffer_bytes() > 0
     assert torch.equal(module.wide.weight, weight(0, "wide.weight", module.wide.weight.shape))
 
 
 def test_the_number_of_slices_is_what_was_asked_or_fits_the_video() -> None:
-    assert choose_query_slices(1, 32_760) == 1
-    assert choose_query_slices(5, 32_760) == 5
-    assert choose_query_slices("auto", 32_760) == 8
-    assert choose_query_slices("auto", 180) == 2
-    assert choose_query_slices(1000, 180) == 180
+    assert choose_query_slices(1, 32_760, 3072) == 1
+    assert choose_query_slices(5, 32_760, 3072) == 5
+    assert choose_query_slices("auto", 32_760, 3072) == 2
+    assert choose_query_slices("auto", 75_600, 10_240) == 12
+    assert choose_query_slices("auto", 180, 512) == 2
+    assert choose_query_slices(1000, 180, 512) == 180
+
+
+def test_rows_at_once_keep_the_hidden_layer_within_its_bytes() -> None:
+    assert choose_rows(100, 17_920) == 100
+    for hidden_bytes in (17_920, 27_648):
+        rows = choose_rows(None, hidden_bytes)
+        assert TEMPORARY_BYTES - GRAIN * hidden_bytes < rows * hidden_bytes <= TEMPORARY_BYTES

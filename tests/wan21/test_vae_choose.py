@@ -11,33 +11,45 @@ from wan21.config import WAN_VAE, Options, make_request, model_spec
 from wan21.errors import UsageError
 from wan21.pipeline import TextToVideo
 from wan21.runtime import CpuRuntime
-from wan21.vae import WHOLE, Budget, choose_plan
+from wan21.vae import WHOLE, Budget, EncodeBudget, Vae, choose_plans
 from wan21.vae.decoder import Decoder
 
 SHAPE = (21, 60, 104)
+SPEC = model_spec("t2v-1.3B")
 TOO_LITTLE = Options(vae_precision="bf16", vae_budget_gib=0.05)
 
 
 def test_without_a_budget_frames_are_decoded_whole() -> None:
-    assert choose_plan(WAN_VAE, Options(), SHAPE) == WHOLE
+    assert choose_plans(SPEC, Options(), SHAPE).decode == WHOLE
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_budget_gives_the_plan_that_the_loaded_decoder_would_get(precision: Any) -> None:
     with torch.device("meta"):
         decoder = Decoder(WAN_VAE, dtype=torch.float32)
-    chosen = choose_plan(WAN_VAE, Options(vae_precision=precision, vae_budget_gib=1.0), SHAPE)
+    chosen = choose_plans(SPEC, Options(vae_precision=precision, vae_budget_gib=1.0), SHAPE).decode
     assert chosen == Budget(decoder, SHAPE, itemsize=2 if precision == "bf16" else 4).best_plan(2**30)
     assert chosen.num_tiles > 1
 
 
 def test_a_budget_below_the_smallest_tiles_is_refused_with_one_that_is_enough() -> None:
     with pytest.raises(UsageError, match=r"vae_budget_gib=0\.05 is too little.*in bf16; choose [\d.]+ or more") as told:
-        choose_plan(WAN_VAE, TOO_LITTLE, SHAPE)
+        choose_plans(SPEC, TOO_LITTLE, SHAPE)
     enough = float(str(told.value).split("choose ")[1].split(" ")[0])
-    choose_plan(WAN_VAE, replace(TOO_LITTLE, vae_budget_gib=enough), SHAPE)
+    choose_plans(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough), SHAPE)
     with pytest.raises(UsageError):
-        choose_plan(WAN_VAE, replace(TOO_LITTLE, vae_budget_gib=enough - 0.01), SHAPE)
+        choose_plans(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough - 0.01), SHAPE)
+
+
+def test_a_task_that_begins_with_pictures_gets_a_plan_to_encode_them() -> None:
+    spec, options = model_spec("i2v-14B"), Options(vae_budget_gib=1.0)
+    with torch.device("meta"):
+        encoder = Vae(spec.vae).encoder
+    assert encoder is not None
+    chosen = choose_plans(spec, options, SHAPE).encode
+    assert chosen == EncodeBudget(encoder, SHAPE, itemsize=4).best_plan(2**30)
+    assert chosen.num_tiles > 1
+    assert choose_plans(SPEC, options, SHAPE).encode == WHOLE
 
 
 class Untouchable:
@@ -48,8 +60,8 @@ class Untouchable:
 
 
 def test_the_pipeline_refuses_it_before_anything_is_loaded() -> None:
-    spec, nothing = model_spec("t2v-1.3B"), Untouchable()
+    nothing = Untouchable()
     assets = Assets(weights=nothing, tokenizer=nothing, description="")  # type: ignore[arg-type]
-    pipeline = TextToVideo(spec, TOO_LITTLE, assets, CpuRuntime())
+    pipeline = TextToVideo(SPEC, TOO_LITTLE, assets, CpuRuntime())
     with pytest.raises(UsageError, match="vae_budget_gib"):
-        pipeline.generate(make_request(spec, seed=0))
+        pipeline.generate(make_request(SPEC, seed=0))

@@ -35,7 +35,7 @@ class MadeUpNvml:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", self._by_index)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", self._by_uuid)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: f"GPU {handle}")
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (9, 0))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda _: (9, 0))
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
         monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [object()] * handle)
         monkeypatch.setattr(

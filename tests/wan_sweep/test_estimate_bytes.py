@@ -9,6 +9,7 @@ from torch.nn import functional
 from wan21.config import MODELS, DitConfig
 from wan21.dit.block import Block
 from wan21.dit.layers import Slicing
+from wan21.dit.operations import Operations
 from wan_sweep.allocator import Settings
 from wan_sweep.estimate.cards import Card, card_named
 from wan_sweep.estimate.dry_run import Simulation
@@ -179,13 +180,15 @@ DIT: DitConfig = MODELS["tiny"].dit
 def test_a_transformer_block_peaks_where_a_count_by_hand_says(simulation: Simulation, num_tokens: int) -> None:
     dim, rows = DIT.dim, num_tokens // 8  # so many tokens at a time
     with torch.device(simulation.device):
-        block = Block(DIT, BF16)
+        block = Block(DIT, BF16, Operations())
     residual = tensor(simulation, 1, num_tokens, dim, dtype=FP32)
     time = tensor(simulation, 1, 6, dim, dtype=FP32)
     context = tensor(simulation, 1, 128, dim)
     turns = tensor(simulation, num_tokens, 1, DIT.head_dim // 2, dtype=torch.complex64)
     room = tensor(simulation, 2, 1, num_tokens, DIT.num_heads, DIT.head_dim)
-    peak, rest = peak_and_rest(simulation, lambda: block(residual, time, context, turns, Slicing(), BF16, room))
+    peak, rest = peak_and_rest(
+        simulation, lambda: block(residual, time, context, turns, Slicing(most_rows=rows), BF16, room)
+    )
     modulation = 7 * dim * 4  # six, and one plus a scale
     queries = num_tokens * dim * 2
     # The last rows: normed input, value, projection and norm of the query in bfloat16, key and turned query in float32.

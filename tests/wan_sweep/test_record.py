@@ -65,6 +65,7 @@ def test_the_file_has_the_documented_shape() -> None:
         "code_version",
         "environment",
         "weights",
+        "sources",
         "metrics",
         "series",
         "ranks",

@@ -34,6 +34,10 @@ class UndrawnWeights:
         """Weights of the text encoder."""
         return UndrawnSource(self._weights.t5(), self._device, self._memory)
 
+    def clip(self) -> "UndrawnSource":
+        """Weights of the image tower of CLIP."""
+        return UndrawnSource(self._weights.clip(), self._device, self._memory)
+
     def vae(self) -> "UndrawnSource":
         """Weights of the VAE."""
         return UndrawnSource(self._weights.vae(), self._device, self._memory)
@@ -50,7 +54,10 @@ class UndrawnSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._source.shapes()
 
-    def write(self, name: str, destination: torch.Tensor) -> None:  # noqa: ARG002 # all alike
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:  # noqa: ARG002 # all alike
         """Leaves the destination as it is.
 
         Memory: that of RandomSource, piece by piece; as there, a piece goes when the next one has come.

@@ -100,7 +100,8 @@ class Tally:
     def _book_load(self, done: Finished) -> None:
         name, expected = done.span.name, done.span.expected_bytes
         arrived = done.end.requested_bytes - done.start.requested_bytes
-        self._base[name] = self.residents[name] = arrived
+        self.residents[name] = arrived
+        self._base[name] = max(arrived, self._base.get(name, 0))  # a part of it may come for one phase, all for another
         self._moved_bytes += arrived
         self._switch_seconds += done.seconds
         if expected is not None and arrived != expected:

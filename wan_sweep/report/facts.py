@@ -30,6 +30,7 @@ def facts(sheets: Sequence[Sheet]) -> list[tuple[str, str]]:
         ("What for", str(first.knobs.get("description") or "")),
         ("Model", ", ".join([_each(str(one.knobs.get("model", "")) for one in records), *_workload(records)])),
         ("Weights", _each(record.weights for record in records)),
+        ("Made from", _each(record.sources for record in records)),
         ("Machine", _environment(records, _MACHINE)),
         ("Software", ", ".join([_environment(records, _SOFTWARE), *_code(records)])),
         ("Mode", _each(record.mode for record in records)),

@@ -101,6 +101,7 @@ def tags_of(record: Record) -> dict[str, str]:
         "failed_in": _failed_in(record),
         "mode": record.mode,
         "weights": record.weights,
+        "sources": record.sources,
         "code_version": record.code_version,
         "measured_in": record.measured_in,
         **{name: record.environment.get(name) for name in _ENVIRONMENT_TAGS},

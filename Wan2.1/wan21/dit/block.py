@@ -1,6 +1,6 @@
 """One transformer block.
 
-Letters: B videos, L tokens, S prompt tokens, D model width, N heads, K head width.
+Letters: B videos, L tokens, S prompt tokens (and those of pictures), D model width, N heads, K head width.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wan21.config import DitConfig
+from wan21.dit.image import ImageCrossAttention
 from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, windows
@@ -27,7 +28,10 @@ class Block(InParts):
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "keys": ("self_attn.k", "self_attn.v", "self_attn.norm_k"),
         "queries": ("self_attn.q", "self_attn.o", "self_attn.norm_q"),
-        "prompt": ("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
+        "prompt": (
+            *("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
+            *("cross_attn.k_img", "cross_attn.v_img", "cross_attn.norm_k_img"),
+        ),
         "cross": ("norm3", "cross_attn.q", "cross_attn.o", "cross_attn.norm_q"),
         "feed_forward": ("ffn",),
     }
@@ -40,7 +44,7 @@ class Block(InParts):
         self.operations = operations
         self.self_attn = SelfAttention(config, dtype, operations)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
-        self.cross_attn = CrossAttention(config, dtype, operations)
+        self.cross_attn = (ImageCrossAttention if config.image_dim else CrossAttention)(config, dtype, operations)
         self.ffn = FeedForward(config, dtype, operations)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
 
@@ -63,7 +67,7 @@ class Block(InParts):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the first norm's output is rounded to.
-            room: for keys and values, [2, B, L, N, K] in the compute dtype; None where gradients are kept.
+            room: for keys and values, from the tokens' `room`; None where gradients are kept.
 
         Returns:
             [B, L, D], float32.

@@ -6,7 +6,7 @@ All per-token work goes over the tokens in chunks of rows and adds into the resi
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +17,8 @@ from torch import nn
 from wan21.attention import attend
 from wan21.config import DitConfig
 from wan21.dit.operations import Modulation, Operations, RmsNorm
-from wan21.dit.residual import Residual, Window, chunks, windows
+from wan21.dit.residual import Outs, Residual, chunks, windows
+from wan21.dit.tokens import ALL, Tokens
 from wan21.parts import Enter
 
 FEWEST_ROWS = 64
@@ -30,10 +31,12 @@ class Slicing:
 
     query_slices: into how many slices self attention cuts its queries.
     most_rows: how many tokens, of all videos of a batch together, pass through norms and linear layers at once.
+    tokens: those that are here, and how attention reaches others.
     """
 
     query_slices: int = 1
     most_rows: int = 4096
+    tokens: Tokens = ALL
 
 
 def chunk_rows(shape: torch.Size, most_rows: int) -> int:
@@ -41,35 +44,6 @@ def chunk_rows(shape: torch.Size, most_rows: int) -> int:
     batch_size, num_rows = shape[:2]
     most = max(FEWEST_ROWS, most_rows // batch_size)
     return -(-num_rows // -(-num_rows // most))
-
-
-Outs = tuple[torch.Tensor | None, ...]
-"""Where results are to be written; None where gradients are kept: then they are handed over."""
-
-
-def collect(
-    parts: Iterable[Window], produce: Callable[[slice, torch.Tensor, Outs], tuple[torch.Tensor, ...]], wholes: Outs
-) -> tuple[torch.Tensor, ...]:
-    """What `produce` makes of consecutive windows, in whole tensors.
-
-    Args:
-        parts: the windows.
-        produce: from the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results.
-        wholes: for the results of all windows, [B, rows of all, ...] each; None where gradients are kept, and there is
-            one window.
-
-    Raises:
-        ValueError: there is no window.
-    """
-    first: int | None = None
-    results: tuple[torch.Tensor, ...] = ()
-    for rows, x in parts:
-        first = rows.start if first is None else first
-        here = slice(rows.start - first, rows.stop - first)
-        results = produce(rows, x, tuple(None if whole is None else whole[:, here] for whole in wholes))
-    if first is None:
-        raise ValueError("nothing to collect: there is no window")
-    return tuple(result if whole is None else whole for result, whole in zip(results, wholes, strict=True))
 
 
 class SelfAttention(nn.Module):
@@ -111,7 +85,7 @@ class SelfAttention(nn.Module):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the norm's output is rounded to.
-            room: for keys and values, [2, B, L, N, K] in the compute dtype; None where gradients are kept.
+            room: for keys and values, from the tokens' `room`; None where gradients are kept.
             part: surrounds the use of weights: "keys" of k and v, "queries" of q and o.
 
         Returns:
@@ -121,7 +95,7 @@ class SelfAttention(nn.Module):
         """
         run = self.operations
         size = chunk_rows(residual.shape, slicing.most_rows)
-        num_tokens = residual.shape[1]
+        num_tokens, tokens = residual.shape[1], slicing.tokens
         whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
 
         def normed(window: torch.Tensor) -> torch.Tensor:
@@ -143,19 +117,20 @@ class SelfAttention(nn.Module):
             with part("keys"):
                 if whole:
                     parts.enter_context(part("queries"))
-                k, v, *q = collect(windows(residual, size), form, _wholes(room, with_queries=whole))
+                k, v, *q = tokens.collect(windows(residual, size), form, _wholes(room, with_queries=whole))
             if not whole:
                 parts.enter_context(part("queries"))
             for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True):
                 if not whole:
-                    room_of_slice = None if room is None else room.new_empty((*window.shape[:2], *room.shape[3:]))
-                    q = [*collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
+                    shape = (*window.shape[:2], self.num_heads, window.shape[2] // self.num_heads)
+                    room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
+                    q = [*tokens.collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
                     del room_of_slice  # or it would stand beside the outputs
-                attended = run.attend(q.pop(), k, v)
-                for part_rows, chunk in chunks(window, size):
-                    branch = run.linear(self.o, attended[:, part_rows])
-                    residual = run.add(residual, chunk, branch, modulation.gate)
-                    del branch
+                attended = tokens.attend(run.attend, q.pop(), k, v)
+                for part_rows, heads in tokens.give_back(attended, size):
+                    branch = run.linear(self.o, heads)
+                    residual = run.add(residual, window[:, part_rows], branch, modulation.gate)
+                    del branch, heads
                 del attended  # or it would stand beside the next one
         return residual
 
@@ -164,6 +139,16 @@ def _wholes(room: torch.Tensor | None, *, with_queries: bool) -> Outs:
     if room is None:
         return (None,) * (3 if with_queries else 2)
     return (*room, torch.empty_like(room[0])) if with_queries else tuple(room)
+
+
+def attend_each(q: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What queries [B, L, N, K] read from each pair of keys and values [B, S, N, K], added: [B, L, D]."""
+    (k, v), *others = pairs
+    attended = attend(q, k, v)
+    for k, v in others:
+        # Rounded once, as the sum of two float32 tensors with such values would be.
+        attended = attended + attend(q, k, v)
+    return attended
 
 
 class CrossAttention(nn.Module):
@@ -202,15 +187,24 @@ class CrossAttention(nn.Module):
         run = self.operations
         dtype = self.q.weight.dtype
         with part("prompt"):
-            keys = run.heads(self.k(context), self.norm_k, self.num_heads)
-            values = self.v(context).unflatten(-1, (self.num_heads, -1))
+            pairs = self.keys_values(context)
         with part("cross"):
             for _, window in windows(residual, size, writes=True):
                 queries = run.heads(run.linear(self.q, run.normed(window, norm, dtype)), self.norm_q, self.num_heads)
-                branch = run.linear(self.o, attend(queries, keys, values))
+                branch = run.linear(self.o, attend_each(queries, pairs))
                 residual = run.add(residual, window, branch)
                 del queries, branch
         return residual
+
+    def keys_values(self, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each thing that is attended to by itself, [B, S, N, K] each; the results are added."""
+        return [self._heads(context, self.k, self.v, self.norm_k)]
+
+    def _heads(
+        self, context: torch.Tensor, k: nn.Linear, v: nn.Linear, norm_k: RmsNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self.operations.heads(k(context), norm_k, self.num_heads)
+        return keys, v(context).unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Sequential):

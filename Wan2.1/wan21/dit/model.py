@@ -1,7 +1,7 @@
 """The diffusion transformer: latents, timestep and prompt to a velocity.
 
-Letters: B videos, C channels, t, h, w of the latents, L tokens (t * h/2 * w/2), S prompt tokens, D model width,
-K head width.
+Letters: B videos, C channels, t, h, w of the latents, L tokens (t * h/2 * w/2), S prompt tokens, I image tokens,
+D model width, K head width.
 
 Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.02747).
 """
@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
-from wan21.dit.layers import Outs, Slicing, chunk_rows, collect
+from wan21.dit.image import ImageEmbedding
+from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Modulation, Operations
-from wan21.dit.residual import Residual, Windowed, windows
+from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
 from wan21.rope import rotations
 from wan21.shapes import PATCH
 
@@ -82,7 +83,7 @@ class Head(nn.Module):
 
 
 class Dit(nn.Module):
-    """The transformer of the text-to-video and text-to-image tasks.
+    """The transformer of all tasks.
 
     Args:
         config: sizes.
@@ -94,7 +95,7 @@ class Dit(nn.Module):
     ONCE: submodules that a run needs before its first step only.
     """
 
-    ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
+    ONCE: ClassVar[tuple[str, ...]] = ("text_embedding", "img_emb", "time_embedding", "time_projection")
 
     def __init__(self, config: DitConfig, *, dtype: torch.dtype, operations: Operations | None = None) -> None:
         super().__init__()
@@ -109,6 +110,8 @@ class Dit(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(dim, dim, dtype=dtype),
         )
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config, dtype)
         self.time_embedding = nn.Sequential(
             nn.Linear(config.freq_dim, dim, dtype=torch.float32), nn.SiLU(), nn.Linear(dim, dim, dtype=torch.float32)
         )
@@ -129,6 +132,18 @@ class Dit(nn.Module):
             [F.pad(prompt.to(self.dtype), (0, 0, 0, self.config.text_len - prompt.shape[0])) for prompt in prompts]
         )
         return self.text_embedding(padded)
+
+    def embed_pictures(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The context of a task that looks at pictures, from the prompt's.
+
+        Args:
+            tokens: of CLIP, [pictures, I / pictures, image_dim], of all videos.
+            text: from `embed_text`, [B, text_len, D].
+
+        Returns:
+            [B, I + text_len, D] in the compute dtype.
+        """
+        return torch.cat([self.img_emb(tokens).expand(text.shape[0], -1, -1), text], dim=1)
 
     def embed_time(self, timestep: float, device: torch.device) -> Time:
         """What the network makes of a timestep; the same in every pass of a step."""
@@ -157,16 +172,16 @@ class Dit(nn.Module):
         """The velocity of the flow.
 
         Args:
-            latents: [B, C, t, h, w], float32.
+            latents: [B, in_dim, t, h, w], float32; beside the noisy latents, what they are conditioned on.
             time: the timestep of all videos, 0 to 1000, or what `embed_time` made of it.
-            context: from `embed_text`, [B, S, D].
-            turns: from `rotations`; computed here if not given.
+            context: from `embed_text` or `embed_pictures`, [B, S, D].
+            turns: from `rotations`, those of the plan's tokens; computed here if not given.
             blocks: what to run in place of `self.blocks`, in order; for those who listen to them.
             plan: how to carry it out.
-            residual: where the residual [B, L, D] shall be kept; None: in a tensor on the device.
+            residual: where the residual [B, L, D] of the plan's tokens shall be kept; None: in a tensor on the device.
 
         Returns:
-            [B, C, t, h, w], float32, rounded to the compute dtype as upstream does (docs/parity.md).
+            [B, C, t, h, w], all tokens, float32, rounded to the compute dtype as upstream does (docs/parity.md).
 
         Memory: the residual [B, L, D] in float32, keys and values [2, B, L, D] in the compute dtype, which all blocks
         share unless gradients are kept, and what a block needs.
@@ -174,11 +189,13 @@ class Dit(nn.Module):
         t, h, w = latents.shape[2:]
         grid = (t, h // PATCH, w // PATCH)
         if turns is None:
-            turns = self.rotations(grid, latents.device)
+            turns = plan.tokens.own(self.rotations(grid, latents.device), 0)
         if not isinstance(time, Time):
             time = self.embed_time(time, latents.device)
         x = self._patchify(latents, grid, plan, residual)
-        room = None if torch.is_grad_enabled() else self._room(x.shape, latents.device)
+        shape = (x.shape[0], x.shape[1], self.config.num_heads, self.config.head_dim)
+        like = latents.new_empty(0, dtype=self.dtype)
+        room = None if torch.is_grad_enabled() else plan.tokens.room(2, shape, like)
         # Upstream's residual is in the compute dtype until the first addition; its values are the same in float32, but
         # the first norm's output is rounded to it.
         norm_dtype = self.dtype
@@ -191,12 +208,8 @@ class Dit(nn.Module):
             norm_dtype = torch.float32
             del args  # or the first residual would stand beside the last
         del room
-        return self._unpatchify(self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)), grid)
-
-    def _room(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """For keys and values of a residual [B, L, D]: [2, B, L, N, K], uninitialised."""
-        heads = (self.config.num_heads, self.config.head_dim)
-        return torch.empty((2, *shape[:2], *heads), dtype=self.dtype, device=device)
+        patches = self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)).to(self.dtype)
+        return self._unpatchify(plan.tokens.whole(patches), grid)
 
     def _patchify(
         self, latents: torch.Tensor, grid: tuple[int, int, int], plan: ForwardPlan, residual: Windowed | None
@@ -205,10 +218,11 @@ class Dit(nn.Module):
         t, h, w = grid
         patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
         patches = patches.reshape(b, t * h * w, c * PATCH * PATCH)  # [B, L, C * 4], ordered as the kernel's weight
+        patches = plan.tokens.own(patches, 1)
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         if torch.is_grad_enabled():
             return F.linear(patches, weight, bias).float()
-        shape = torch.Size((b, t * h * w, self.config.dim))
+        shape = torch.Size((b, patches.shape[1], self.config.dim))
         x = torch.empty(shape, dtype=torch.float32, device=latents.device) if residual is None else residual
         for rows, window in windows(x, chunk_rows(shape, plan.most_rows), reads=False, writes=True):
             window.copy_(F.linear(patches[:, rows], weight, bias))
@@ -216,6 +230,6 @@ class Dit(nn.Module):
 
     def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         t, h, w = grid
-        patches = patches.to(self.dtype).view(-1, t, h, w, PATCH, PATCH, self.config.out_dim)
+        patches = patches.view(-1, t, h, w, PATCH, PATCH, self.config.out_dim)
         video = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_dim, t, h * PATCH, w * PATCH)
         return video.float()

@@ -7,7 +7,7 @@ tensor, nor on the device: whoever keeps it elsewhere yields windows.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -28,6 +28,12 @@ class Windowed(ABC):
 
 Residual = torch.Tensor | Windowed
 """[B, L, D] in float32, in one tensor on the device, or in windows."""
+
+Outs = tuple[torch.Tensor | None, ...]
+"""Where results are to be written; None where gradients are kept: then they are handed over."""
+
+Produce = Callable[[slice, torch.Tensor, Outs], tuple[torch.Tensor, ...]]
+"""From the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results."""
 
 
 def row_slices(num_rows: int, size: int) -> Iterator[slice]:
@@ -50,3 +56,26 @@ def chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:
     """Views of [B, rows, D], `size` rows each, the first of which is token number `first`."""
     for rows in row_slices(x.shape[1], size):
         yield slice(first + rows.start, first + rows.stop), x[:, rows]
+
+
+def collect(parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[torch.Tensor, ...]:
+    """What `produce` makes of consecutive windows, in whole tensors.
+
+    Args:
+        parts: the windows.
+        produce: what makes the results of a window.
+        wholes: for the results of all windows, [B, rows of all, ...] each; None where gradients are kept, and there is
+            one window.
+
+    Raises:
+        ValueError: there is no window.
+    """
+    first: int | None = None
+    results: tuple[torch.Tensor, ...] = ()
+    for rows, x in parts:
+        first = rows.start if first is None else first
+        here = slice(rows.start - first, rows.stop - first)
+        results = produce(rows, x, tuple(None if whole is None else whole[:, here] for whole in wholes))
+    if first is None:
+        raise ValueError("nothing to collect: there is no window")
+    return tuple(result if whole is None else whole for result, whole in zip(results, wholes, strict=True))

@@ -3,18 +3,18 @@
 Promise: the same kernels on the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from wan21.memory.streaming import Packing
+from wan21.memory.packing import Packing, Waiting, WritePart
+from wan21.parallel.world import Group
 from wan21.runtime import Runtime
 from wan21.weights.load import put
 
-WriteNamed = Callable[[str, torch.Tensor], None]
-"""Fills a host tensor with the parameter of this name."""
+ALONE = Group()
 
 
 def parameters_below(module: nn.Module, owners: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -31,15 +31,16 @@ class Parked:
         owners: names of the submodules.
         write: where the weights come from.
         runtime: where they are brought.
+        group: the processes that bring the same weights together; each keeps its share.
     """
 
-    def __init__(self, module: nn.Module, owners: Iterable[str], write: WriteNamed, runtime: Runtime) -> None:
+    def __init__(
+        self, module: nn.Module, owners: Iterable[str], write: WritePart, runtime: Runtime, group: Group = ALONE
+    ) -> None:
         self._runtime = runtime
-        self._waiting = parameters_below(module, owners)
-        self._packing = Packing(self._waiting)
-        self._host = runtime.host_buffer(self._packing.num_bytes)
-        for name, view in self._packing.views(self._host).items():
-            write(name, view)
+        self._parameters = parameters_below(module, owners)
+        self._packing = Packing(self._parameters, group.size)
+        self._waiting = Waiting(self._packing, write, runtime, group)
 
     @contextmanager
     def brought_into(self, module: nn.Module) -> Iterator[None]:
@@ -49,22 +50,22 @@ class Parked:
             module: that they were parked from.
         """
         buffer = torch.empty(self._packing.num_bytes, dtype=torch.uint8, device=self._runtime.device)
-        buffer.copy_(self._host, non_blocking=True)
+        self._waiting.bring(buffer)
         for name, view in self._packing.views(buffer).items():
             put(module, name, view)
         del buffer, view
         try:
             yield
         finally:
-            for name, parameter in self._waiting.items():
+            for name, parameter in self._parameters.items():
                 put(module, name, parameter.detach())
             self._runtime.empty_cache()
 
 
-def keep_on_host(module: nn.Module, owner: str, write: WriteNamed, runtime: Runtime) -> None:
+def keep_on_host(module: nn.Module, owner: str, write: WritePart, runtime: Runtime) -> None:
     """Gives a submodule, such as a table for looking up, its weights on the host, for good."""
     for name, parameter in parameters_below(module, [owner]).items():
         packing = Packing({name: parameter})
         (view,) = packing.views(runtime.host_buffer(packing.num_bytes)).values()
-        write(name, view)
+        write(name, view.view(-1), 0)
         put(module, name, view)

@@ -11,43 +11,24 @@ Promise: the same kernels on the same bits, so results are equal to those with a
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import nn
 
+from wan21.memory.packing import Packing, Waiting
+from wan21.parallel.world import Group
 from wan21.parts import InParts
 from wan21.runtime import Mark, Runtime
 from wan21.weights.load import put
 
-ALIGNMENT = 256
-"""Every tensor starts at a multiple of this in a packed buffer, as it would coming from an allocator."""
-
 Unit = Literal["block", "part"]
 
-Write = Callable[[int, str, torch.Tensor], None]
-"""Fills a host tensor with the named parameter of the block of this index."""
+Write = Callable[[int, str, torch.Tensor, int], None]
+"""Fills a flat tensor with the elements of the named parameter of the block of this index, from a number on."""
 
-
-class Packing:
-    """Where each parameter lies in a flat buffer of bytes."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._places: dict[str, tuple[int, int, torch.Size, torch.dtype]] = {}
-        offset = 0
-        for name, parameter in parameters.items():
-            num_bytes = parameter.numel() * parameter.element_size()
-            self._places[name] = (offset, num_bytes, parameter.shape, parameter.dtype)
-            offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        self.num_bytes = offset
-
-    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters as views of a buffer."""
-        return {
-            name: buffer[offset : offset + num_bytes].view(dtype).view(shape)
-            for name, (offset, num_bytes, shape, dtype) in self._places.items()
-        }
+ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -77,10 +58,11 @@ class StreamPlan:
         unit: what a piece is.
         resident_bytes: so many bytes at most stay on the device beside what is there always, in whole blocks, spread
             evenly. (Single pieces would bring others next to each other that were not, and the room would grow.)
+        num_shares: into how many shares streamed pieces divide.
     """
 
-    def __init__(self, blocks: Iterable[InParts], unit: Unit, resident_bytes: int = 0) -> None:
-        pieces = [_pieces(index, block, unit) for index, block in enumerate(blocks)]
+    def __init__(self, blocks: Iterable[InParts], unit: Unit, resident_bytes: int = 0, *, num_shares: int = 1) -> None:
+        pieces = [_pieces(index, block, unit, num_shares) for index, block in enumerate(blocks)]
         kept, self.streamed = _spread([[piece for piece in block if piece.parts] for block in pieces], resident_bytes)
         self.resident = [piece for block in pieces for piece in block if not piece.parts] + kept
         sizes = [piece.num_bytes for piece in self.streamed]
@@ -97,15 +79,15 @@ class StreamPlan:
         return 0 if index % 2 == 0 else self.room_bytes - self.streamed[index].num_bytes
 
 
-def _pieces(index: int, block: InParts, unit: Unit) -> list[Piece]:
+def _pieces(index: int, block: InParts, unit: Unit, num_shares: int) -> list[Piece]:
     """The pieces of a block; one without parts is what is there always."""
     by_part = {part: parameters for part, parameters in block.part_parameters().items() if parameters}
     always = by_part.pop("", {})
     pieces = [Piece(index, (), Packing(always))] if always else []
     if unit == "part":
-        return pieces + [Piece(index, (part,), Packing(parameters)) for part, parameters in by_part.items()]
+        return pieces + [Piece(index, (part,), Packing(parameters, num_shares)) for part, parameters in by_part.items()]
     everything = {name: parameter for parameters in by_part.values() for name, parameter in parameters.items()}
-    return [*pieces, Piece(index, tuple(by_part), Packing(everything))]
+    return [*pieces, Piece(index, tuple(by_part), Packing(everything, num_shares))]
 
 
 def _spread(blocks: Sequence[Sequence[Piece]], resident_bytes: int) -> tuple[list[Piece], list[Piece]]:
@@ -124,23 +106,29 @@ def _spread(blocks: Sequence[Sequence[Piece]], resident_bytes: int) -> tuple[lis
     return kept, streamed
 
 
-def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: Runtime) -> None:
+def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: Runtime, group: Group = ALONE) -> None:
     """Gives blocks on the meta device their weights: some to stay, the others to be brought in when they are entered.
 
     From here on the blocks own the buffers; they have to be run in order, one pass at a time.
 
-    Memory: what the plan says on the device, and all that is streamed on the host (pinned on CUDA).
+    Args:
+        blocks: on the meta device.
+        plan: made of these blocks.
+        write: where the weights come from.
+        runtime: where they are used.
+        group: the processes that stream the same blocks together.
+
+    Memory: what the plan says on the device, and this process's share of what is streamed on the host (pinned on CUDA).
     """
     for piece in plan.resident:
         buffer = torch.empty(piece.num_bytes, dtype=torch.uint8, device=runtime.device)
         for name, view in piece.packing.views(buffer).items():
-            write(piece.block, name, view)
+            write(piece.block, name, view.view(-1), 0)
             put(blocks[piece.block], name, view)
-    conveyor = _Conveyor(plan, runtime)
+    waiting = [Waiting(piece.packing, partial(write, piece.block), runtime, group) for piece in plan.streamed]
+    conveyor = _Conveyor(plan, waiting, runtime)
     entries: dict[int, dict[str, tuple[int, bool, bool]]] = {index: {} for index in range(len(blocks))}
     for index, piece in enumerate(plan.streamed):
-        for name, view in piece.packing.views(conveyor.host[index]).items():
-            write(piece.block, name, view)
         for name, view in piece.packing.views(conveyor.places[index]).items():
             put(blocks[piece.block], name, view)
         for part in piece.parts:
@@ -178,11 +166,11 @@ class _Conveyor:
     comes as soon as nothing unfinished lies in its place.
     """
 
-    def __init__(self, plan: StreamPlan, runtime: Runtime) -> None:
+    def __init__(self, plan: StreamPlan, waiting: Sequence[Waiting], runtime: Runtime) -> None:
         room = torch.empty(plan.room_bytes, dtype=torch.uint8, device=runtime.device)
         self._spans = [(plan.offset(i), plan.offset(i) + piece.num_bytes) for i, piece in enumerate(plan.streamed)]
         self.places = [room[start:stop] for start, stop in self._spans]
-        self.host = [runtime.host_buffer(piece.num_bytes) for piece in plan.streamed]
+        self._waiting = waiting
         self._stream = runtime.side_stream()
         self._holds: list[int | None] = [None, None]  # the piece at each end of the room
         self._ready: list[Mark | None] = [None, None]
@@ -219,7 +207,7 @@ class _Conveyor:
             if self._holds[end] != index:
                 self._stream.wait(self._stream.mark_current())  # what used this place before is over then
                 with self._stream.context():
-                    self.places[index].copy_(self.host[index], non_blocking=True)
+                    self._waiting[index].bring(self.places[index])
                 self._holds[end], self._ready[end] = index, self._stream.mark()
             self._brought += 1
 

@@ -3,6 +3,7 @@
 Letters: x a corrected sample; m an estimate of the data; index i is the step at hand, i - 1 the one before.
 """
 
+import torch
 from torch import Tensor
 
 from wan21.samplers.sampler import Sampler
@@ -35,18 +36,20 @@ class UniPC(Sampler):
     The estimate is not made anew after the correction, so a step costs one call of the model.
 
     Reference: UniPC (arXiv 2302.04867), variant bh2. The official code forms two products in bfloat16 on CUDA, by
-    accident of autocast; here everything is float32.
+    accident of autocast; here everything is float32 unless that is asked for.
 
     Args:
         num_steps: number of calls of the model.
         shift: how far the noise levels are pushed towards noise.
+        product_dtype: in which a weight is multiplied with the older slope.
 
     Memory:
         Kept between steps: two estimates and one sample.
     """
 
-    def __init__(self, *, num_steps: int, shift: float) -> None:
+    def __init__(self, *, num_steps: int, shift: float, product_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(make_schedule(num_steps, shift=shift, sigma_max=UNIPC_SIGMA_MAX))
+        self._product_dtype = product_dtype
         self._previous: Tensor | None = None  # m[i - 1]
         self._earlier: Tensor | None = None  # m[i - 2]
         self._corrected: Tensor | None = None  # x[i - 1]
@@ -68,7 +71,8 @@ class UniPC(Sampler):
         else:
             r = (lambdas[index - 2] - lambdas[index - 1]) / h
             weight_earlier, weight_newest = corrector_weights(h, r)
-            slope = float(weight_earlier) * ((self._earlier - previous) / float(r)) + float(weight_newest) * slope
+            older = self._product(weight_earlier, (self._earlier - previous) / float(r))
+            slope = older + float(weight_newest) * slope
             self._earlier = None
         base = float(sigmas[index] / sigmas[index - 1]) * corrected - float(scale) * previous
         return base - float(scale) * slope
@@ -82,7 +86,14 @@ class UniPC(Sampler):
         if self._earlier is None:
             return prediction
         r = (lambdas[index - 1] - lambdas[index]) / h
-        return prediction - float(scale) * (float(HALF) * ((self._earlier - data) / float(r)))
+        # A tensor without dimensions, as upstream's: times bfloat16 a CPU rounds it and a GPU does not.
+        return prediction - torch.tensor(float(scale)) * self._product(HALF, (self._earlier - data) / float(r))
+
+    def _product(self, weight: Scalar, slope: Tensor) -> Tensor:
+        """A weight times a slope, both rounded first to the dtype of the result."""
+        if self._product_dtype == slope.dtype:
+            return float(weight) * slope
+        return float(torch.tensor(float(weight), dtype=self._product_dtype)) * slope.to(self._product_dtype)
 
     def _forget(self) -> None:
         self._previous = self._earlier = self._corrected = None

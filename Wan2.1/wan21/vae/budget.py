@@ -30,7 +30,11 @@ SINGLE_FRAME_WORK = 1.06
 """How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
 
 
-def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
+def block_need(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
+    """What a residual block takes for so many frames, of which `past` earlier ones are remembered.
+
+    In memory its input lies for `stored` positions.
+    """
     first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
     in_dim, out_dim = first.in_channels, first.out_channels
     outer, inner = positions[first], positions[second]
@@ -74,7 +78,7 @@ def _chain(
     need = NOTHING
     for layer in layers:
         if isinstance(layer, ResidualBlock):
-            need = need.then(_block(layer, positions, frames, past, stored))
+            need = need.then(block_need(layer, positions, frames, past, stored))
             stored = positions[layer.residual["6"]]
         elif isinstance(layer, AttentionBlock):
             need = need.then(_attention(layer, positions, frames))
@@ -131,6 +135,12 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
     return _Parts(low, mid, high, waiting, frames)
 
 
+def all_plans(height: int, width: int, frames_at_once: int | None) -> list[DecodePlan]:
+    """All that are looked at for latents [height, width]."""
+    counts = product(range(1, max(1, height // MIN_TILE) + 1), range(1, max(1, width // MIN_TILE) + 1))
+    return [DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts]
+
+
 class Budget:
     """Bytes and work of plans for one video.
 
@@ -163,10 +173,11 @@ class Budget:
         scaled = self._decoder.conv1.in_channels * t * h * w
         return (scaled + most) * self._bytes_per_number
 
-    def work(self, plan: DecodePlan) -> float:
-        """Multiply-adds for one latent frame, halos included."""
+    def work(self, plan: DecodePlan, num_ranks: int = 1) -> float:
+        """Multiply-adds for one latent frame, halos included; those of one of the ranks that share the tiles."""
         parts = self._parts(plan, largest=False)
-        macs = parts.low.macs + parts.mid.macs + parts.high.macs
+        of_one = -(-plan.num_tiles // num_ranks) / plan.num_tiles
+        macs = parts.low.macs + (parts.mid.macs + parts.high.macs) * of_one
         return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
 
     def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
@@ -177,8 +188,12 @@ class Budget:
         """What the plan takes that takes least."""
         return min(map(self.num_bytes, self._plans(1)))
 
-    def best_plan(self, budget_bytes: int) -> DecodePlan:
+    def best_plan(self, budget_bytes: float, num_ranks: int = 1) -> DecodePlan:
         """The plan of least work among those that take no more than `budget_bytes`.
+
+        Args:
+            budget_bytes: of each rank; may be infinite.
+            num_ranks: ranks that share the tiles; the least work of one of them counts.
 
         Raises:
             UsageError: there is none.
@@ -186,7 +201,7 @@ class Budget:
         for frames_at_once in (None, 1):
             fitting = [plan for plan in self._plans(frames_at_once) if self.num_bytes(plan) <= budget_bytes]
             if fitting:
-                return min(fitting, key=lambda plan: (self.work(plan), plan.num_tiles))
+                return min(fitting, key=lambda plan: (self.work(plan, num_ranks), plan.num_tiles))
         t, h, w = self._shape
         raise UsageError(
             f"budget_bytes={budget_bytes} is too little to decode {t} x {h} x {w} latents: the smallest tiles need "
@@ -194,12 +209,7 @@ class Budget:
         )
 
     def _plans(self, frames_at_once: int | None) -> list[DecodePlan]:
-        """All that are looked at."""
-        _, h, w = self._shape
-        counts = product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1))
-        return [
-            DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts
-        ]
+        return all_plans(self._shape[1], self._shape[2], frames_at_once)
 
     def _positions(self, plan: DecodePlan, *, largest: bool) -> Positions:
         """By layer, the positions that it computes: in the largest tile, or in all tiles together."""

@@ -8,7 +8,7 @@ Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t =
 Reference: Wan2.1 (arXiv 2503.20314), the section on the spatio-temporal VAE.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wan21.config import Kernels, VaeConfig
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.encode_plan import encode_tiles
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
 from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles
@@ -66,11 +67,12 @@ class Vae(nn.Module):
         self.encoder = None
         self.conv1 = None
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, plan: DecodePlan = WHOLE) -> Tensor:
         """The normalised latents of a video: the mean of their distribution, nothing is drawn.
 
         Args:
             video: values in [-1, 1], [B, 3, T, H, W], any floating format.
+            plan: what is encoded at once.
 
         Returns:
             [B, C, t, h, w] in float32, C = z_dim.
@@ -79,24 +81,97 @@ class Vae(nn.Module):
             UsageError: T is not 4n + 1, or a side is not a multiple of 8 (the official code drops what is left over),
                 or the encoder was dropped.
 
-        Memory: at T = 4 and full resolution [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at
-        832 x 480 is 2.2 GB in float32; neither grows with the number of frames.
+        Memory: that of `encode_chunks`.
+        """
+        batch, _, num_frames, height, width = video.shape
+        stops = range(1, num_frames + 1, self.temporal_stride)
+
+        def chunks() -> Iterator[Tensor]:
+            return (video[:, :, start:stop] for start, stop in zip((0, *stops), stops, strict=False))
+
+        return self.encode_chunks(chunks, (batch, num_frames, height, width), plan)
+
+    def encode_chunks(
+        self, chunks: Callable[[], Iterable[Tensor]], shape: tuple[int, int, int, int], plan: DecodePlan = WHOLE
+    ) -> Tensor:
+        """The same for a video that comes in chunks, so that there need not be all of it at once.
+
+        Args:
+            chunks: gives them from the first on, as often as it is called: [B, 3, 1, H, W], then t - 1 times
+                [B, 3, 4, H, W], on the VAE's device.
+            shape: of the whole: B, T, H, W.
+            plan: what is encoded at once.
+
+        Returns:
+            [B, C, t, h, w] in float32.
+
+        Raises:
+            UsageError: as `encode`, or the plan has more tiles on a side than there are latents.
+
+        Memory: `wan21.vae.encode_plan.EncodeBudget.num_bytes`. For whole frames at T = 4 and full resolution
+        [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at 832 x 480 is 2.2 GB in float32; neither grows
+        with the number of frames. With tiles the same for a tile with its halo, and beside it the features of all
+        latent frames, [B, 4 base_dim, t, h, w].
         """
         if self.encoder is None or self.conv1 is None:
             raise UsageError("this VAE has no encoder any more; load it again, and do not call drop_encoder")
-        batch, _, num_frames, height, width = video.shape
+        batch, num_frames, height, width = shape
         t, h, w = self._latent_shape(num_frames, height, width)
-        mean, inverse_std = _latent_statistics(video.device)
-        latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=video.device)
+        device = self.conv2.weight.device
+        mean, inverse_std = _latent_statistics(device)
+        latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=device)
         past = Past()
-        for i in range(t):
+        for i, features in enumerate(self._features(self.encoder, chunks, (batch, t, h, w), plan, past)):
             past.is_first, past.is_last = i == 0, i == t - 1
-            start = max(0, self.temporal_stride * (i - 1) + 1)
-            stop = self.temporal_stride * i + 1
-            chunk = self._as_input(video[:, :, start:stop])
-            mu = self.conv1(self.encoder(chunk, past))[:, : self.z_dim]
+            mu = self.conv1(self.encoder.low(features, past))[:, : self.z_dim]
             latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
+            del features, mu  # or they would stand beside the next ones
         return latents
+
+    def _features(
+        self,
+        encoder: Encoder,
+        chunks: Callable[[], Iterable[Tensor]],
+        latent_shape: tuple[int, int, int, int],
+        plan: DecodePlan,
+        past: Past,
+    ) -> Iterator[Tensor]:
+        """The encoder's high part for each latent frame, [B, C', 1, h, w].
+
+        Args:
+            encoder: of this VAE.
+            chunks: of pixels.
+            latent_shape: B, t, h, w.
+            plan: what is encoded at once.
+            past: of the pass over whole frames; tiles have pasts of their own, which are gone when the first one comes.
+        """
+        batch, t, h, w = latent_shape
+        if plan.num_tiles == 1:
+            for i, chunk in enumerate(chunks()):
+                past.is_first, past.is_last = i == 0, i == t - 1
+                yield encoder.high(self._as_input(chunk), past, frames_at_once=plan.frames_at_once)
+                del chunk
+            return
+        parameter = self.conv2.weight
+        features = torch.empty(
+            (batch, encoder.high_dim, t, h, w),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            memory_format=torch.channels_last_3d,
+        )
+        for tile in encode_tiles(encoder, plan, h, w):
+            rows, cols = (strip.kept(self.spatial_stride) for strip in (tile.rows, tile.cols))
+            own = Past()
+            for i, chunk in enumerate(chunks()):
+                own.is_first, own.is_last = i == 0, i == t - 1
+                pixels = self._as_input(chunk[..., tile.rows.pixels.as_slice(), tile.cols.pixels.as_slice()])
+                computed = encoder.high(pixels, own, frames_at_once=plan.frames_at_once)
+                features[:, :, i : i + 1, tile.rows.latents.as_slice(), tile.cols.latents.as_slice()] = computed[
+                    ..., rows, cols
+                ]
+                del chunk, pixels, computed
+            del own
+        yield from features.split(1, dim=2)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """The video of some normalised latents, as many frames at a time as a latent frame gives.
@@ -110,7 +185,7 @@ class Vae(nn.Module):
         # Not a generator, which would hold each chunk while it makes the next one.
         return map(attrgetter("pixels"), self.decode_pieces(latents))
 
-    def decode_pieces(self, latents: Tensor, plan: DecodePlan = WHOLE) -> Iterator[Piece]:
+    def decode_pieces(self, latents: Tensor, plan: DecodePlan = WHOLE, which: slice = slice(None)) -> Iterator[Piece]:
         """The video of some normalised latents, piece by piece.
 
         Whoever takes the pieces away as they come needs no memory for the whole video. Tiles come one after the other,
@@ -119,6 +194,7 @@ class Vae(nn.Module):
         Args:
             latents: [B, C, t, h, w], C = z_dim, any floating format.
             plan: what is decoded at once.
+            which: of the plan's tiles; the others are left out.
 
         Yields:
             For each tile a piece of the first frame, then t - 1 pieces of 4 frames.
@@ -131,11 +207,14 @@ class Vae(nn.Module):
         with the number of frames. With tiles the same for a tile with its halo, and beside it the features of all
         latent frames, [B, 4 base_dim, t, h, w].
         """
+        t, h, w = latents.shape[2:]
+        wanted = list(tiles(self.decoder, plan, h, w))[which]
+        if not wanted:
+            return
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
-        t, h, w = z.shape[2:]
         features = self._low_of_all(z) if plan.num_tiles > 1 else None
-        for tile in tiles(self.decoder, plan, h, w):
+        for tile in wanted:
             if features is None:
                 past, chunks = Past(), self._low(z)
             else:

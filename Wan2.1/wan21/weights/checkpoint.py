@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from wan21.errors import CheckpointError
-from wan21.weights.components import Source, require_shape
-from wan21.weights.inspect import FolderFacts
+from wan21.weights.components import PartOf, Source
+from wan21.weights.inspect import CLIP_FILE, CLIP_PREFIX, FolderFacts
 from wan21.weights.safetensors_header import StoredTensor
 from wan21.weights.staging import copy_mapped
 
@@ -30,6 +30,16 @@ class CheckpointWeights:
         """Weights of the text encoder, from its .pth file."""
         return PthSource(self._facts.t5_file)
 
+    def clip(self) -> PartOf:
+        """Weights of CLIP's image tower, from a .pth file that holds its text tower as well.
+
+        Raises:
+            CheckpointError: the folder was inspected for a task that looks at no pictures.
+        """
+        if self._facts.clip_file is None:
+            raise CheckpointError(f"{self._facts.folder} was not asked for {CLIP_FILE}; inspect it for an image task")
+        return PartOf(PthSource(self._facts.clip_file), CLIP_PREFIX)
+
     def vae(self) -> "PthSource":
         """Weights of the VAE, from its .pth file."""
         return PthSource(self._facts.vae_file)
@@ -47,14 +57,16 @@ class SafetensorsSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
-    def write(self, name: str, destination: torch.Tensor) -> None:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
         stored = self._tensors[name]
-        require_shape(name, stored.shape, destination)
         if self._open_path != stored.file:
             self.close()
             self._open_file = self._stack.enter_context(safe_open(str(stored.file), framework="pt", device="cpu"))
             self._open_path = stored.file
-        copy_mapped(self._open_file.get_tensor(name), destination)
+        copy_mapped(self._open_file.get_tensor(name), destination, first)
 
     def close(self) -> None:
         self._open_path = self._open_file = None
@@ -81,10 +93,11 @@ class PthSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def write(self, name: str, destination: torch.Tensor) -> None:
-        tensor = self._tensors[name].detach()
-        require_shape(name, tuple(tensor.shape), destination)
-        copy_mapped(tensor, destination)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
+        copy_mapped(self._tensors[name].detach(), destination, first)
 
     def close(self) -> None:
         self._tensors = {}

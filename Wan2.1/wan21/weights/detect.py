@@ -10,19 +10,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from wan21.config import MODELS, DitConfig, ModelSpec
+from wan21.config import MODELS, DitConfig, ModelSpec, Task
 from wan21.errors import CheckpointError
 from wan21.weights.safetensors_header import StoredTensor
 
 OFFICIAL_HEAD_DIM = 128
 PATCH_VOLUME = 4  # a token is a patch of 1 x 2 x 2 latents
-NEEDED_KIND = "t2v"  # all that this package generates so far
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_IMAGE_WIDTH = "img_emb.proj.0.weight"
+_IMAGE_POSITIONS = "img_emb.emb_pos"
 _KINDS = (
     ("vace_patch_embedding.weight", "vace"),
-    ("img_emb.emb_pos", "flf2v"),
-    ("img_emb.proj.0.weight", "i2v"),
+    (_IMAGE_POSITIONS, "flf2v"),
+    (_IMAGE_WIDTH, "i2v"),
 )
 _WORDS = {"num_layers": "blocks", "num_heads": "heads"}
 
@@ -58,7 +59,14 @@ def detect(
         text_dim=text_dim,
         text_len=int(_number(config, "text_len", expected.text_len)),
         eps=_number(config, "eps", expected.eps),
+        image_dim=_shape(tensors, _IMAGE_WIDTH, 1)[0] if _IMAGE_WIDTH in tensors else 0,
+        num_image_positions=_shape(tensors, _IMAGE_POSITIONS, 3)[1] if _IMAGE_POSITIONS in tensors else 0,
     )
+
+
+def kind_of(task: Task) -> str:
+    """The sort of DiT that a task needs: an image is a video of one frame."""
+    return "t2v" if task == "t2i" else task
 
 
 def require_match(folder: Path, kind: str, found: DitConfig, spec: ModelSpec) -> None:
@@ -67,17 +75,18 @@ def require_match(folder: Path, kind: str, found: DitConfig, spec: ModelSpec) ->
     Raises:
         CheckpointError: says what the folder holds, what is needed, and which model would fit.
     """
-    if kind == NEEDED_KIND and found == spec.dit:
+    needed = kind_of(spec.task)
+    if kind == needed and found == spec.dit:
         return
     names = [field.name for field in fields(DitConfig) if getattr(found, field.name) != getattr(spec.dit, field.name)]
     names = ["dim", "num_layers", *(name for name in names if name not in {"dim", "num_layers"})]
-    fitting = [other.name for other in MODELS.values() if kind == NEEDED_KIND and other.dit == found]
+    fitting = [other.name for other in MODELS.values() if kind == kind_of(other.task) and other.dit == found]
     way_out = (
         f"choose model={' or model='.join(fitting)}, or another ckpt_dir" if fitting else "choose another ckpt_dir"
     )
     raise CheckpointError(
         f"ckpt_dir={folder} holds {kind} with {_describe(found, names)}; "
-        f"model={spec.name} needs {NEEDED_KIND} with {_describe(spec.dit, names)}; {way_out}"
+        f"model={spec.name} needs {needed} with {_describe(spec.dit, names)}; {way_out}"
     )
 
 

@@ -20,6 +20,9 @@ CONFIG_FILE = "config.json"
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+CLIP_PREFIX = "visual."
+"""Of the image tower's tensors; the others are a text tower's, and are never read."""
 VAE_FILE = "Wan2.1_VAE.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 TOKENIZER_FILE = "tokenizer.json"
@@ -37,8 +40,9 @@ class FolderFacts:
         dit_tensors: where each of its tensors lies, in which format and shape.
         stored_dtypes: formats in the files, by component.
         stored_bytes: bytes of tensor data in the files, by component.
+        clip_file: of tasks that look at pictures; None for others.
         fingerprint: equal for folders of equal content. Not every byte is read: names, shapes, formats and sizes of
-            all, checksums of the T5 and the VAE, the tokenizer, and a sample from each safetensors file are.
+            all, checksums of the .pth files, the tokenizer, and a sample from each safetensors file are.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class FolderFacts:
     dit_shards: tuple[Path, ...]
     dit_tensors: Mapping[str, StoredTensor] = field(repr=False)
     t5_file: Path
+    clip_file: Path | None
     vae_file: Path
     tokenizer_folder: Path
     stored_dtypes: Mapping[str, tuple[str, ...]]
@@ -68,37 +73,33 @@ def inspect_folder(folder: str | Path, spec: ModelSpec) -> FolderFacts:
 
 
 def _inspect(folder: Path, spec: ModelSpec) -> FolderFacts:
-    shard_names = _require_files(folder)
+    pth_names = {"t5": T5_FILE} | ({"clip": CLIP_FILE} if spec.clip else {}) | {"vae": VAE_FILE}
+    shard_names = _require_files(folder, tuple(pth_names.values()))
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     headers = {name: read_header(folder / name) for name in shard_names}
     tensors = _join(folder, headers)
     kind, dit = detect(tensors, config, spec.dit)
     require_match(folder, kind, dit, spec)
-    t5, vae = read_pth(folder / T5_FILE), read_pth(folder / VAE_FILE)
+    pths = {component: read_pth(folder / name) for component, name in pth_names.items()}
     return FolderFacts(
         folder=folder,
         kind=kind,
         dit=dit,
         dit_shards=tuple(folder / name for name in shard_names),
         dit_tensors=tensors,
-        t5_file=t5.path,
-        vae_file=vae.path,
+        t5_file=folder / T5_FILE,
+        clip_file=folder / CLIP_FILE if spec.clip else None,
+        vae_file=folder / VAE_FILE,
         tokenizer_folder=folder / TOKENIZER_FOLDER,
-        stored_dtypes={
-            "t5": t5.dtypes,
-            "dit": tuple(sorted({tensor.dtype for tensor in tensors.values()})),
-            "vae": vae.dtypes,
-        },
-        stored_bytes={
-            "t5": t5.num_bytes,
-            "dit": sum(tensor.num_bytes for tensor in tensors.values()),
-            "vae": vae.num_bytes,
-        },
-        fingerprint=_fingerprint(folder, f"{kind} {dit}", headers, (t5, vae)),
+        stored_dtypes={component: pth.dtypes for component, pth in pths.items()}
+        | {"dit": tuple(sorted({tensor.dtype for tensor in tensors.values()}))},
+        stored_bytes={component: pth.num_bytes for component, pth in pths.items()}
+        | {"dit": sum(tensor.num_bytes for tensor in tensors.values())},
+        fingerprint=_fingerprint(folder, f"{kind} {dit}", headers, tuple(pths.values())),
     )
 
 
-def _require_files(folder: Path) -> tuple[str, ...]:
+def _require_files(folder: Path, pth_names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the DiT's files, when they and all others are there."""
     if not folder.is_dir():
         raise CheckpointError(
@@ -107,7 +108,7 @@ def _require_files(folder: Path) -> tuple[str, ...]:
     shard_names: tuple[str, ...] = (DIT_FILE,)
     if (folder / DIT_INDEX_FILE).exists():
         shard_names = tuple(sorted(set(_weight_map(folder).values())))
-    needed = (*shard_names, T5_FILE, VAE_FILE, f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
+    needed = (*shard_names, *pth_names, f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         by_index = f"; its shards are listed in {DIT_INDEX_FILE}" if len(shard_names) > 1 else ""

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from wan21.config import ModelSpec
-from wan21.errors import CheckpointError
-from wan21.weights.components import Source, require_shape
+from wan21.errors import CheckpointError, UsageError
+from wan21.weights.components import Source
 from wan21.weights.load import module_shapes
 from wan21.weights.staging import pieces
 
@@ -47,10 +47,15 @@ _RULES = (
     _Rule(names=r"t5/.*pos_embedding\.embedding\.weight", std=0.3),
     # Pixels saturate beyond -1 and 1; the last layer's input has order one.
     _Rule(names=r"vae/decoder\.head\.2\.weight", std=0.5, per="fan_in"),
+    # CLIP's class token stands beside patches of order one, and positions are added to such.
+    _Rule(names=r"clip/cls_embedding", std=1.0),
+    _Rule(names=r"(clip/pos_embedding|dit/img_emb\.emb_pos)", std=0.3),
+    # Stored from width to width, unlike a linear layer's weight.
+    _Rule(names=r"clip/head", std=1.0, per="width"),
     # Added to the timestep's projection; small, since scales act as 1 + scale in every block.
     _Rule(names=r"dit/.*modulation", std=1.0, per="width"),
     # Norms: near one, and different for each channel, so that a channel in the wrong place shows.
-    _Rule(names=r".*(norm\w*\.weight|gamma)", mean=1.0, std=0.1),
+    _Rule(names=r".*(norm\w*\.weight|gamma|img_emb\.proj\.[04]\.weight)", mean=1.0, std=0.1),
     # Biases: present, and not in the way.
     _Rule(names=r".*\.bias", std=0.02),
     # Linear layers and convolutions: output as large as input.
@@ -86,6 +91,19 @@ class RandomWeights:
         with torch.device("meta"):
             return self._source("t5", TextEncoder(self._spec.text, dtype=torch.float32))
 
+    def clip(self) -> "RandomSource":
+        """Weights of the image tower of CLIP.
+
+        Raises:
+            UsageError: the task looks at no pictures.
+        """
+        from wan21.clip.model import ImageEncoder
+
+        if self._spec.clip is None:
+            raise UsageError(f"{self._spec.name} looks at no pictures and has no clip; choose an image task")
+        with torch.device("meta"):
+            return self._source("clip", ImageEncoder(self._spec.clip, dtype=torch.float32))
+
     def vae(self) -> "RandomSource":
         """Weights of the VAE."""
         from wan21.vae.vae import Vae
@@ -111,25 +129,36 @@ class RandomSource(Source):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def write(self, name: str, destination: torch.Tensor) -> None:
-        """Fills the destination, contiguous and of the weight's shape.
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._shapes:
+            raise CheckpointError(f"tensor {name} is no weight of the {self._component}; use the names in shapes()")
+        return self._shapes[name]
+
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
+        """Fills the destination, flat, with the weight's elements from `first` on.
+
+        What comes before them is drawn too, and dropped: a generator cannot skip.
 
         Memory: on the generator's device, one piece in float32 and, if that is not the destination's device, the
         same piece in the destination's dtype; together STAGING_BYTES at most.
         """
-        if name not in self._shapes:
-            raise CheckpointError(f"tensor {name} is no weight of the {self._component}; use the names in shapes()")
-        shape = self._shapes[name]
-        require_shape(name, shape, destination)
+        shape = self.shape(name)
         mean, std = scale(self._component, name, shape)
         generator = self._generator_for(tensor_seed(self._seed, self._component, name))
-        flat = destination.detach().view(-1)
+        stop = first + destination.numel()
         # Eight bytes per element, whatever the destination: where pieces begin is part of what determines the values.
-        for piece in pieces(flat.numel(), 8):
+        for piece in pieces(math.prod(shape), 8):
+            if piece.start >= stop:
+                break
             drawn = torch.empty(piece.stop - piece.start, dtype=torch.float32, device=generator.device)
             drawn.normal_(mean, std, generator=generator)
+            wanted = slice(max(piece.start, first), min(piece.stop, stop))
+            if wanted.start >= wanted.stop:
+                continue
+            drawn = drawn[wanted.start - piece.start : wanted.stop - piece.start]
+            to = destination[wanted.start - first : wanted.stop - first]
             # Cast before the way to another device: fewer bytes travel, and staging is bounded on both sides.
-            flat[piece].copy_(drawn if flat.device == drawn.device else drawn.to(flat.dtype))
+            to.copy_(drawn if to.device == drawn.device else drawn.to(to.dtype))
 
 
 def tensor_seed(seed: int, component: str, name: str) -> int:

@@ -18,6 +18,9 @@ class WeightSource(Protocol):
     def write(self, name: str, destination: torch.Tensor) -> None:
         """Fills the destination, contiguous and of the weight's shape, with the weight, cast to its dtype."""
 
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
+        """Fills the destination, flat, with the weight's elements from `first` on, cast to its dtype."""
+
     def close(self) -> None:
         """Lets go of files and mapped memory."""
 

@@ -22,16 +22,16 @@ def pieces(num_elements: int, bytes_per_element: int, limit_bytes: int | None = 
         yield slice(start, min(start + step, num_elements))
 
 
-def copy_mapped(mapped: torch.Tensor, destination: torch.Tensor) -> None:
-    """Copies a tensor that lies in a mapped file, and lets its pages go piece by piece.
+def copy_mapped(mapped: torch.Tensor, destination: torch.Tensor, first: int = 0) -> None:
+    """Copies a tensor that lies in a mapped file, from its element `first` on, and lets its pages go piece by piece.
 
     The cast to the destination's dtype happens where the destination is, after a piece has arrived.
 
     Memory: one piece in the stored dtype on the destination's device, and only if dtype and device both differ; one
     piece of resident file pages.
     """
-    flat_mapped = mapped.contiguous().view(-1)
     flat = destination.detach().view(-1)
+    flat_mapped = mapped.contiguous().view(-1)[first : first + flat.numel()]
     for piece in pieces(flat.numel(), flat_mapped.element_size(), MAPPED_BYTES):
         part = flat_mapped[piece]
         is_cast_over_there = part.dtype != flat.dtype and part.device != flat.device

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from wan21.config import ModelSpec
+from wan21.config import ClipConfig, ModelSpec
 from wan21.errors import UsageError
 from wan21.weights import inspect
 from wan21.weights.components import Source, Weights
+from wan21.weights.detect import kind_of
 from wan21.weights.load import total_bytes
 
 
@@ -21,7 +22,7 @@ def write_folder(
     num_shards: int = 1,
     dit_dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Writes all files of a checkpoint with these weights: the T5 in bfloat16, the VAE in float32.
+    """Writes all files of a checkpoint with these weights: the T5 in bfloat16, CLIP and the VAE in float32.
 
     Returns:
         The files, in the order written.
@@ -47,6 +48,9 @@ def write_folder(
         with opened as source:
             torch.save(draw(source, dtype), folder / name)
         files.append(folder / name)
+    if spec.clip is not None:
+        with weights.clip() as source:
+            files.append(write_clip(folder, draw(source, torch.float32), spec.clip))
     tokenizer_folder = folder / inspect.TOKENIZER_FOLDER
     tokenizer_folder.mkdir(parents=True, exist_ok=True)
     Tokenizer.built_in().save(tokenizer_folder)
@@ -62,6 +66,18 @@ def draw(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write_clip(folder: Path, tower: dict[str, torch.Tensor], clip: ClipConfig) -> Path:
+    """The image tower, and beside it what the released file has as well: a scale and a text tower, here a small one."""
+    text = {
+        "log_scale": torch.zeros(()),
+        "textual.token_embedding.weight": torch.zeros(1, clip.text_dim),
+        "textual.head.0.weight": torch.zeros(clip.text_dim, clip.text_dim),
+    }
+    path = folder / inspect.CLIP_FILE
+    torch.save({f"{inspect.CLIP_PREFIX}{name}": tensor for name, tensor in tower.items()} | text, path)
+    return path
+
+
 def write_config(folder: Path, spec: ModelSpec) -> Path:
     """The DiT's config.json, with the keys that the released ones have."""
     dit = spec.dit
@@ -74,7 +90,7 @@ def write_config(folder: Path, spec: ModelSpec) -> Path:
         "ffn_dim": dit.ffn_dim,
         "freq_dim": dit.freq_dim,
         "in_dim": dit.in_dim,
-        "model_type": "t2v",
+        "model_type": kind_of(spec.task),
         "num_heads": dit.num_heads,
         "num_layers": dit.num_layers,
         "out_dim": dit.out_dim,

@@ -69,7 +69,6 @@ def _rms_heads(
     x,
     weight,
     turns,
-    num_rows,
     rows_of_one,
     out_batch,
     out_row,
@@ -162,7 +161,7 @@ def rms_heads_(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps
     batch_size, num_rows, width = x.shape
     part = min(width & -width, LARGEST_PART)  # a power of two that divides the width
     _rms_heads[(batch_size * num_rows,)](
-        out, x, weight, x if turns is None else turns, num_rows, num_rows, out.stride(0), out.stride(1), out.shape[3],
+        out, x, weight, x if turns is None else turns, num_rows, out.stride(0), out.stride(1), out.shape[3],
         eps, width=width, part=part, is_turned=turns is not None, num_warps=max(1, part // 256),
     )  # fmt: skip
 

@@ -1,0 +1,93 @@
+"""Messages between the members of a group.
+
+On a GPU all of this is asked of NCCL's own stream: it begins when the current stream has come to the call, and whoever
+waits makes the current stream wait, never the host. So what is sent must not be written to, nor what is received be
+touched, between the call and the wait. On a CPU, with gloo, the host waits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from wan21.parallel.world import Group
+
+# The newer name of the same call; the older one warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Messages:
+    """Messages on their way.
+
+    Args:
+        sent: kept until they have arrived.
+        works: what torch gave for them.
+    """
+
+    def __init__(self, sent: Sequence[torch.Tensor], works: Sequence[dist.Work]) -> None:
+        self._sent = list(sent)
+        self._works = list(works)
+
+    def wait(self) -> None:
+        """What the current stream does next comes after them."""
+        for work in self._works:
+            work.wait()
+        self._sent, self._works = [], []
+
+
+def send_and_receive(
+    group: Group, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
+) -> Messages:
+    """Starts to exchange tensors with other members; all of the group do so in the same order.
+
+    Args:
+        group: the members.
+        sends: to whom, by rank in the group, and what, contiguous.
+        receives: from whom, and where to, contiguous; between two members in the order of their sends.
+    """
+    operations = [dist.P2POp(dist.isend, tensor, group.ranks[rank], group.handle) for rank, tensor in sends]
+    operations += [dist.P2POp(dist.irecv, tensor, group.ranks[rank], group.handle) for rank, tensor in receives]
+    return Messages([tensor for _, tensor in sends], dist.batch_isend_irecv(operations))
+
+
+def all_gather(group: Group, out: torch.Tensor, own: torch.Tensor) -> None:
+    """Everybody's tensors, one after the other, in `out`; `own` may be this process's part of it.
+
+    Args:
+        group: the members.
+        out: contiguous, as many times the elements of `own` as there are members.
+        own: contiguous.
+    """
+    if group.size == 1:
+        if out.data_ptr() != own.data_ptr():
+            out.copy_(own.view_as(out))
+        return
+    _all_gather(out.view(-1), own.view(-1), group=group.handle)
+
+
+def gathered(group: Group, own: torch.Tensor) -> torch.Tensor:
+    """Everybody's tensors of one shape: [members, ...]."""
+    out = own.new_empty(group.size, *own.shape)
+    all_gather(group, out, own.contiguous())
+    return out
+
+
+def broadcast(group: Group, tensor: torch.Tensor) -> None:
+    """Fills everybody's tensor with that of the group's first member."""
+    if group.size > 1:
+        dist.broadcast(tensor, group.ranks[0], group=group.handle)
+
+
+def add_up(group: Group, tensor: torch.Tensor) -> None:
+    """Replaces everybody's tensor with the sum of all."""
+    if group.size > 1:
+        dist.all_reduce(tensor, group=group.handle)
+
+
+def agreed(group: Group, number: int, device: torch.device) -> int:
+    """The number of the group's first member."""
+    if group.size == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.int64, device=device)
+    broadcast(group, shared)
+    return int(shared)

@@ -1,0 +1,121 @@
+"""Weights that lie on several processes and are gathered unit by unit, ahead of use: torch's FSDP.
+
+Sharded are the linear layers of each unit, which are all but some 0.1 % of it. The rest (norms, modulation, position
+biases: small, and of another number format) every process keeps whole, so a unit has one format, and what is float32
+stays float32 to the bit. Weights are never cast.
+
+Reference: FSDP (arXiv 2304.11277), in its per-parameter form, `torch.distributed.fsdp.fully_shard`.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from wan21.errors import UsageError
+from wan21.parallel.table import SharedTable
+from wan21.parallel.world import Group
+
+WritePart = Callable[[str, torch.Tensor, int], None]
+"""Fills a flat tensor with the elements of the weight of this name, from a number on."""
+
+
+def shard(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    *,
+    others: Sequence[nn.Module] = (),
+    entrances: Sequence[str] = (),
+    group: Group,
+    device: torch.device,
+) -> None:
+    """Cuts the weights of a module on the meta device into everybody's shares, still without values.
+
+    Args:
+        module: all of whose parameters need no gradients from here on.
+        blocks: units that are used one after the other; while one is used the next is gathered.
+        others: units besides.
+        entrances: methods by which the module is used beside `forward`.
+        group: all processes.
+        device: where the shares will be.
+
+    Raises:
+        UsageError: this torch cannot leave parameters out of a unit.
+
+    Memory: this process's share of all, and in passing two units: the one in use, and the next one.
+    """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise UsageError(
+            f"dit_fsdp and t5_fsdp need torch 2.7 or later, and this is {torch.__version__}; install that, or choose "
+            "load_strategy=block, which shares streamed weights among the processes"
+        )
+    module.requires_grad_(requires_grad=False)
+    mesh = DeviceMesh(device.type, list(group.ranks))
+    units = [*blocks, *others]
+    shared = {weight for unit in units for weight in _linear_weights(unit)}
+    whole = set(module.parameters()) - shared
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for one, following in pairwise(blocks):
+        if isinstance(one, FSDPModule) and isinstance(following, FSDPModule):
+            one.set_modules_to_forward_prefetch([following])
+    for name in entrances:
+        register_fsdp_forward_method(module, name)
+
+
+def _linear_weights(unit: nn.Module) -> Iterator[nn.Parameter]:
+    for layer in unit.modules():
+        if isinstance(layer, nn.Linear):
+            yield from layer.parameters(recurse=False)
+
+
+def share_table(module: nn.Module, name: str, group: Group, device: torch.device) -> None:
+    """Puts a shared table in the place of the module's embedding of this name.
+
+    Raises:
+        TypeError: it is no embedding.
+    """
+    table = module.get_submodule(name)
+    if not isinstance(table, nn.Embedding):
+        raise TypeError(f"{name} is a {type(table).__name__}, and only an embedding is looked up row by row")
+    setattr(module, name, SharedTable(table, group, device))
+
+
+def share_bytes(module: nn.Module) -> int:
+    """Bytes of this process's part of all parameters."""
+    return sum(part.numel() * part.element_size() for part, _ in own_parts(module).values())
+
+
+def fill_shares(module: nn.Module, write: WritePart, device: torch.device) -> None:
+    """Gives a module that `shard` has cut this process's share of its weights; nothing else is ever there.
+
+    Args:
+        module: on the meta device.
+        write: where the weights come from.
+        device: where the shares shall be.
+    """
+    module.to_empty(device=device)
+    for name, (part, first) in own_parts(module).items():
+        write(name, part.view(-1), first)
+
+
+def own_parts(module: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
+    """By name, this process's part of each parameter, or all of it, and the number of its first element."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        owner, _, _ = name.rpartition(".")
+        table = module.get_submodule(owner)
+        if isinstance(parameter, DTensor):
+            rows = parameter.shape[0]
+            first_row = min(parameter.device_mesh.get_local_rank() * -(-rows // parameter.device_mesh.size()), rows)
+            found[name] = (parameter.to_local(), first_row * math.prod(parameter.shape[1:]))
+        else:
+            first = table.first_row * parameter.shape[1] if isinstance(table, SharedTable) else 0
+            found[name] = (parameter.detach(), first)
+    return found

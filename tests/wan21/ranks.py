@@ -1,0 +1,223 @@
+"""Processes that play ranks: started once, then given one function after another to run in a world of some of them.
+
+What the functions need to be in a process of its own lives here too, since a process finds them by their module's name.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+LONGEST = 120.0
+"""Seconds until a rank counts as hanging."""
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    while True:
+        task = pipe.recv()
+        if task is None:
+            return
+        environment, function, arguments = task
+        os.environ.update(environment)
+        try:
+            pipe.send((function(*arguments), None))
+        except BaseException:  # noqa: BLE001 # whatever it is, the test shall show it
+            pipe.send((None, traceback.format_exc()))
+
+
+class Ranks:
+    """Some processes, each of which imports torch once."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        self._processes = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returns on each rank of a world of this size, which it has to connect to itself."""
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
+        pipes = self._pipes[:size]
+        for rank, pipe in enumerate(pipes):
+            pipe.send(({**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))
+        results, errors = [], []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(LONGEST if not errors else 1.0):
+                errors.append(f"rank {rank} hangs")
+                continue
+            result, error = pipe.recv()
+            results.append(result)
+            if error:
+                errors.append(f"rank {rank}: {error}")
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a small transformer. `grid` is that of the tokens."""
+
+    grid: tuple[int, int, int] = (2, 4, 6)
+    batch_size: int = 1
+    query_slices: int = 1
+    most_rows: int = 4096
+    on_host: float = 0.0
+    precision: str = "fp32"
+    head_dim: int = 8
+
+
+def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
+    """Runs it in a layout; gives the velocity, and the peak of the allocator beside weights and inputs."""
+    import torch
+
+    from wan21.components import DTYPES
+    from wan21.config import DitConfig
+    from wan21.dit.model import Dit, ForwardPlan
+    from wan21.memory.hosted import HostedResidual
+    from wan21.parallel.tokens import shared_tokens
+    from wan21.parallel.world import connect, local_device
+    from wan21.runtime import make_runtime
+    from wan21.weights.load import materialize, module_shapes
+    from wan21.weights.random import RandomSource
+
+    runtime = make_runtime(local_device(device))
+    world = connect(layout, runtime)
+    config = DitConfig(dim=12 * case.head_dim, ffn_dim=128, num_heads=12, num_layers=2, text_dim=32, text_len=8)
+    with torch.device("meta"):
+        model = Dit(config, dtype=DTYPES[case.precision])
+    materialize(model, RandomSource("dit", module_shapes(model), 0, runtime.generator), runtime.device)
+    t, h, w = case.grid
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(case.batch_size, 16, t, 2 * h, 2 * w, generator=generator).to(runtime.device)
+    prompts = [torch.randn(5, 32, generator=generator).to(runtime.device) for _ in range(case.batch_size)]
+    with torch.no_grad(), runtime.counting():
+        context = model.embed_text(prompts)
+        time = model.embed_time(500.0, runtime.device)
+        tokens = shared_tokens(t * h * w, world)
+        turns = tokens.own(model.rotations(case.grid, runtime.device), 0)
+        plan = ForwardPlan(query_slices=case.query_slices, most_rows=case.most_rows, tokens=tokens)
+        residual = None
+        if case.on_host:
+            shape = (case.batch_size, turns.shape[0], config.dim)
+            residual = HostedResidual(shape, case.most_rows, case.on_host, runtime)
+        before = runtime.memory().allocated_bytes
+        runtime.reset_memory_peaks()
+        velocity = model(latents, time, context, turns=turns, plan=plan, residual=residual)
+        peak = runtime.memory().allocated_peak_bytes - before
+    world.close()
+    return {"velocity": velocity.cpu().numpy(), "peak": peak}
+
+
+def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """From prompt to video with the tiny model; sizes beside its own are allowed."""
+    from contextlib import contextmanager
+
+    from wan21.assets import open_assets
+    from wan21.config import Options, make_request, model_spec
+    from wan21.parallel.world import connect, local_device
+    from wan21.pipeline import TextToVideo
+    from wan21.runtime import make_runtime
+
+    spec = model_spec("tiny")
+    spec = replace(spec, sizes=(*spec.sizes, "80*48"))
+    options = Options(**({"precision": "fp32"} | chosen), layout=layout)
+    request = make_request(spec, **({"seed": 7, "size": "80*48", "frame_num": 5, "num_steps": 2} | asked))
+    runtime = make_runtime(local_device(device))
+    runtime.warm_up()
+    loaded: dict[str, int] = {}
+    expected: dict[str, int] = {}
+
+    class Listener:
+        wants_blocks = False
+
+        @contextmanager
+        def span(self, span: Any) -> Any:
+            before = runtime.memory().requested_bytes
+            yield
+            memory = runtime.memory()
+            if span.kind == "component":
+                loaded[span.name] = memory.requested_bytes - before
+                expected[span.name] = span.expected_bytes
+
+    world = connect(layout, runtime)
+    with runtime.counting():
+        pipeline = TextToVideo(spec, options, open_assets(spec, options, runtime), runtime, Listener(), world)
+        generation = pipeline.generate(request)
+        host_bytes = runtime.host_buffer_bytes()
+    world.close()
+    return {
+        "latents": generation.latents.numpy(),
+        "videos": [video.numpy() for video in generation.videos],
+        "loaded": loaded,
+        "expected": expected,
+        "host_bytes": host_bytes,
+    }
+
+
+def relative_distance(actual: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
+    """Norm of the difference over that of what is expected."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
+    """Decodes a small video in so many tiles; gives the frames, if this rank has them."""
+    import torch
+
+    from wan21.config import model_spec
+    from wan21.decoding import decode
+    from wan21.parallel.world import connect
+    from wan21.runtime import CpuRuntime
+    from wan21.vae import DecodePlan, Vae
+    from wan21.weights.load import materialize
+    from wan21.weights.random import RandomWeights
+
+    runtime = CpuRuntime()
+    world = connect(layout, runtime)
+    spec = model_spec("tiny")
+    with torch.device("meta"):
+        vae = Vae(spec.vae)
+    with RandomWeights(spec, 0, runtime.generator).vae() as source:
+        materialize(vae, source, runtime.device)
+    latents = torch.randn(1, 16, 2, 6, 10, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plan = DecodePlan(num_tile_rows=num_rows, num_tile_cols=num_cols)
+        video = decode(vae, latents, plan, world, is_image=False)
+    world.close()
+    return None if video is None else video.numpy()
+
+
+def command_line(_: Any, arguments: list[str]) -> int:
+    """Runs the command line of wan21 as one of several ranks."""
+    from wan21.generate import main
+
+    return main(arguments)

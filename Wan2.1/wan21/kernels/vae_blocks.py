@@ -6,6 +6,7 @@ at run time, so that every run does the same and none spends its first seconds t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from wan21.errors import UsageError
@@ -67,15 +68,22 @@ def default_blocks(c_in: int, c_out: int, num_frames: int, itemsize: int) -> Blo
     return Blocks(frames=frames, tile_h=8, tile_w=16, k=k, channels=channels, shares=True, num_warps=8, num_stages=3)
 
 
+_SMALL = Blocks(frames=4, tile_h=8, tile_w=8, k=32, channels=(64, 32), shares=False, num_warps=4, num_stages=4)
+
 MEASURED: dict[tuple[int, int, int, int], Blocks] = {
-    (96, 96, 4, 4): Blocks(
-        frames=2, tile_h=8, tile_w=8, k=16, channels=(64, 32), shares=True, num_warps=4, num_stages=3
-    ),
+    (96, 96, 4, 2): _SMALL,
+    (192, 96, 4, 2): _SMALL,
+    (96, 3, 4, 2): replace(_SMALL, channels=(16, 0), shares=True, num_stages=3),
+    (96, 96, 4, 4): replace(_SMALL, frames=2, k=16, shares=True, num_stages=3),
+    (192, 96, 4, 4): replace(_SMALL, k=16, num_stages=3),
+    (192, 384, 2, 4): replace(_SMALL, frames=2, k=16, channels=(128, 64), num_stages=3),
+    (96, 3, 4, 4): replace(_SMALL, k=16, channels=(16, 0), shares=True),
 }
 """By input and output channels, frames, and bytes of a number, where the default is not the fastest."""
 
 
-def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int, *, shared_bytes: int | None = None) -> Blocks:
+@cache
+def blocks_for(c_in: int, c_out: int, num_frames: int, itemsize: int, shared_bytes: int | None = None) -> Blocks:
     """The blocks to use for a convolution of `num_frames` output frames.
 
     Args:

@@ -1,9 +1,10 @@
-"""The operations that our kernels do for the VAE, as torch operators: a profiler names them, fake tensors pass through.
+"""Operators for the VAE's decoder: a convolution with all that stands around it, and norm and SiLU alone.
 
 On CUDA they are the Triton kernels of `wan21.kernels.gpu.vae`; on a CPU plain torch, which says what they compute.
-Triton is imported at the first launch: PyTorch's builds without CUDA bring none.
 
 All tensors of frames are [B, C, H, W] with channels last, dense; `out` is [B, C', T, H', W'], channels last, dense.
+They keep no gradients. Where convolutions compute in TF32, what norm and SiLU give is rounded to it, to the nearest,
+since nothing but convolutions reads it; weights are cut off unless `to_tf32` has rounded them.
 """
 
 import math
@@ -14,29 +15,14 @@ from torch.nn import functional
 
 from wan21.kernels.vae_blocks import blocks_for
 
+_LIBRARY = torch.library.Library("wan21", "FRAGMENT")  # the operators live as long as it does
 
-@torch.library.custom_op("wan21::vae_norm_silu", mutates_args=("out",), device_types="cpu")
+
 def norm_silu(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """Writes SiLU of the root-mean-square norm over channels of a frame into `out`, of the same shape.
-
-    Where convolutions compute in TF32, the result is rounded to it: nothing else reads it.
-    """
-    out.copy_(_norm_silu(frame, gamma))
+    """Writes SiLU of the root-mean-square norm over channels of a frame into `out`, of the same shape."""
+    torch.ops.wan21.vae_norm_silu(frame, gamma, out)
 
 
-@norm_silu.register_kernel("cuda")
-def _(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
-    from wan21.kernels.gpu import vae as gpu_vae
-
-    gpu_vae.norm_silu(frame, gamma, out)
-
-
-@norm_silu.register_fake
-def _(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
-    pass
-
-
-@torch.library.custom_op("wan21::vae_conv", mutates_args=("out", "normed"), device_types="cpu")
 def conv(
     window: list[Tensor],
     weight: Tensor,
@@ -46,14 +32,15 @@ def conv(
     normed: list[Tensor],
     top: int,
     left: int,
-    adds: bool,  # noqa: FBT001  # an operator's arguments have no keywords-only part in torch 2.6
-    upsamples: bool,  # noqa: FBT001
+    *,
+    adds: bool,
+    upsamples: bool,
 ) -> None:
     """A convolution of 3 x 3 positions and some frames, with zeros around each frame, and what follows it.
 
     Args:
         window: the input's frames with those before them in front. Frames that are missing in front are zeros.
-        weight: [C', C, taps, 3, 3], or [C', C, 3, 3] for one tap.
+        weight: [C', C, taps, 3, 3], or [C', C, 3, 3] for one tap; best with channels last.
         bias: [C'].
         gamma: [C', ...], of the norm; None if `normed` is empty.
         out: where the result goes; None if only `normed` is wanted.
@@ -63,8 +50,40 @@ def conv(
         adds: the result is added to what `out` holds.
         upsamples: each position of the input stands for 2 x 2; `top` and `left` count these.
 
-    Memory: one copy of the weight; nothing else.
+    Memory: nothing, or one copy of the weight if its channels are not last.
     """
+    torch.ops.wan21.vae_conv(window, weight, bias, gamma, out, normed, top, left, adds, upsamples)
+
+
+def is_tf32(x: Tensor) -> bool:
+    """Whether products of x are computed in TF32, as torch's own convolutions would."""
+    return x.is_cuda and x.dtype == torch.float32 and bool(torch.backends.cudnn.allow_tf32)
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Float32 values rounded to TF32's ten bits of mantissa, to the nearest; a copy."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def _norm_silu_reference(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
+    scale = gamma.view(1, -1, 1, 1) * math.sqrt(frame.shape[1])
+    smallest = max(1e-12, torch.finfo(frame.dtype).tiny)
+    length = torch.linalg.vector_norm(frame, dim=1, keepdim=True).clamp(min=smallest)
+    out.copy_(functional.silu(frame / length * scale))
+
+
+def _conv_reference(
+    window: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor | None,
+    out: Tensor | None,
+    normed: list[Tensor],
+    top: int,
+    left: int,
+    adds: bool,  # noqa: FBT001  # an operator's arguments come in a row
+    upsamples: bool,  # noqa: FBT001
+) -> None:
     num_frames = len(normed) if out is None else out.shape[2]
     frames = torch.stack(window, dim=2)
     if upsamples:
@@ -76,13 +95,18 @@ def conv(
     result = functional.conv3d(frames, weight, bias)[..., top : top + height, left : left + width]
     if out is not None:
         result = out.add_(result) if adds else out.copy_(result)
-    for i, frame in enumerate(normed):
-        if gamma is not None:
-            frame.copy_(_norm_silu(result[:, :, i], gamma))
+    if gamma is not None:
+        for i, frame in enumerate(normed):
+            _norm_silu_reference(result[:, :, i], gamma, frame)
 
 
-@conv.register_kernel("cuda")
-def _(
+def _norm_silu_on_cuda(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
+    from wan21.kernels.gpu import vae
+
+    vae.norm_silu(frame, gamma, out, rounds=is_tf32(frame))
+
+
+def _conv_on_cuda(
     window: list[Tensor],
     weight: Tensor,
     bias: Tensor,
@@ -94,34 +118,28 @@ def _(
     adds: bool,  # noqa: FBT001
     upsamples: bool,  # noqa: FBT001
 ) -> None:
-    from wan21.kernels.gpu import vae as gpu_vae
+    from wan21.kernels.gpu import vae
 
-    num_frames = len(normed) if out is None else out.shape[2]
     c_out, c_in = weight.shape[:2]
-    shared_bytes = gpu_vae.shared_bytes(weight.device)
-    blocks = blocks_for(c_in, c_out, num_frames, weight.element_size(), shared_bytes=shared_bytes)
-    gpu_vae.conv(
-        window,
-        gpu_vae.packed(weight),
-        bias,
-        gamma,
-        out,
-        normed,
-        top,
-        left,
-        adds=adds,
-        upsamples=upsamples,
-        blocks=blocks,
-    )
+    num_frames = len(normed) if out is None else out.shape[2]
+    blocks = blocks_for(c_in, c_out, num_frames, weight.element_size(), vae.shared_bytes(weight.device))
+    flags = {"adds": adds, "upsamples": upsamples, "in_tf32": is_tf32(weight)}
+    vae.conv(window, weight, bias, gamma, out, normed, top, left, **flags, blocks=blocks)
 
 
-@conv.register_fake
-def _(*_: object) -> None:
-    pass
+def _nothing(*_: object) -> None:
+    """The shape of no result."""
 
 
-def _norm_silu(frame: Tensor, gamma: Tensor) -> Tensor:
-    scale = gamma.view(1, -1, 1, 1) * math.sqrt(frame.shape[1])
-    smallest = max(1e-12, torch.finfo(frame.dtype).tiny)
-    length = torch.linalg.vector_norm(frame, dim=1, keepdim=True).clamp(min=smallest)
-    return functional.silu(frame / length * scale)
+_LIBRARY.define("vae_norm_silu(Tensor frame, Tensor gamma, Tensor(a!) out) -> ()")
+_LIBRARY.define(
+    "vae_conv(Tensor[] window, Tensor weight, Tensor bias, Tensor? gamma, Tensor(a!)? out, Tensor(b!)[] normed, "
+    "int top, int left, bool adds, bool upsamples) -> ()"
+)
+for _name, _reference, _cuda in (
+    ("vae_norm_silu", _norm_silu_reference, _norm_silu_on_cuda),
+    ("vae_conv", _conv_reference, _conv_on_cuda),
+):
+    _LIBRARY.impl(_name, _reference, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"wan21::{_name}", _nothing, lib=_LIBRARY)

@@ -34,6 +34,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VaeConfig, *, dtype: torch.dtype, kernels: Kernels = "torch") -> None:
         super().__init__()
         self.kernels = kernels
+        self._is_laid_out = False
         dims = [config.base_dim * multiplier for multiplier in reversed(config.multipliers)]
         in_time = tuple(reversed(config.temporal_downsample))
         dim = dims[0]
@@ -60,6 +61,12 @@ class Decoder(nn.Module):
         self.num_upsamplings = len(upsamplings)
         self.upsamples = nn.ModuleList(layers)
         self.head = nn.ModuleDict({"0": RmsNorm(dim, dtype=dtype), "2": CausalConv3d(dim, 3, dtype=dtype)})
+
+    def lay_out(self) -> None:
+        """Readies the weights for kernels of our own, once; values change only as TF32 would change them anyway."""
+        if self.kernels == "fused" and not self._is_laid_out and not self.conv1.weight.is_meta:
+            fused.lay_out([*self.upsamples[self.first_upsampling :], self.head])
+            self._is_laid_out = True
 
     def low(self, z: Tensor, past: Past) -> Tensor:
         """Goes from the next latent frame [B, C, 1, h, w] to features of the same resolution, [B, C', 1, h, w]."""

@@ -211,6 +211,7 @@ class Vae(nn.Module):
         wanted = list(tiles(self.decoder, plan, h, w))[which]
         if not wanted:
             return
+        self.decoder.lay_out()
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
         features = self._low_of_all(z) if plan.num_tiles > 1 else None

@@ -26,9 +26,9 @@ from wan21.kernels.vae_blocks import Blocks
 
 
 @triton.jit
-def _rounded(values, to_tf32: tl.constexpr):
+def _rounded(values, rounds: tl.constexpr):
     """The same values with TF32's ten bits of mantissa, to the nearest: tensor cores would cut the rest off."""
-    if to_tf32:
+    if rounds:
         bits = (values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return bits.to(tl.float32, bitcast=True)
     return values
@@ -66,10 +66,10 @@ def _finished(sums, bias, out, channels, mask, adds: tl.constexpr, keeps: tl.con
 
 
 @triton.jit
-def _normed(values, scale, gamma, channels, to_tf32: tl.constexpr, c_out: tl.constexpr):
+def _normed(values, scale, gamma, channels, rounds: tl.constexpr, c_out: tl.constexpr):
     factors = tl.load(gamma + channels, mask=channels < c_out, other=0.0).to(tl.float32)
     values = values * scale[:, None] * factors[None, :]
-    return _rounded(values * tl.sigmoid(values), to_tf32)
+    return _rounded(values * tl.sigmoid(values), rounds)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def conv_kernel(
     c_in: tl.constexpr, c_out: tl.constexpr, num_frames: tl.constexpr, num_taps: tl.constexpr, tile_h: tl.constexpr,
     tile_w: tl.constexpr, block_k: tl.constexpr, wide: tl.constexpr, narrow: tl.constexpr, upsamples: tl.constexpr,
     shares: tl.constexpr, adds: tl.constexpr, keeps: tl.constexpr, norms: tl.constexpr, precision: tl.constexpr,
-    to_tf32: tl.constexpr,
+    rounds: tl.constexpr,
 ):  # fmt: skip
     """See `conv`."""
     num_parts: tl.constexpr = (c_out + wide + narrow - 1) // (wide + narrow)
@@ -142,6 +142,7 @@ def conv_kernel(
                     weights2 = weights2 + (_weights(row, c, n2, row_length, c_in, c_out, is_padded),)
             for i in tl.static_range(num_frames + num_taps - 1):
                 values = tl.load(frames[i] + batch_start + offsets, mask=mask & (i >= missing), other=0.0)
+                values = _rounded(values, rounds and upsamples)
                 for dt in tl.static_range(num_taps):
                     if i >= dt and i - dt < num_frames:
                         sums1 = _with_product(sums1, i - dt, values, weights1[dt], precision)
@@ -162,6 +163,7 @@ def conv_kernel(
                 for i in tl.static_range(1, num_taps):
                     frame = tl.where(dt == i, frames[j + i], frame)
                 values = tl.load(frame + batch_start + offsets, mask=mask & (j + dt >= missing), other=0.0)
+                values = _rounded(values, rounds and upsamples)
                 sums1 = _with_product(sums1, j, values, weights1, precision)
                 if narrow > 0:
                     sums2 = _with_product(sums2, j, values, weights2, precision)
@@ -179,17 +181,17 @@ def conv_kernel(
                 squares += tl.sum(values2 * values2, 1)
             scale = tl.sqrt(c_out * 1.0) / tl.maximum(tl.sqrt(squares), 1e-12)
             out = normed[j] + batch * out_height * out_width * c_out + offsets
-            values1 = _normed(values1, scale, gamma, n1, to_tf32, c_out)
+            values1 = _normed(values1, scale, gamma, n1, rounds, c_out)
             tl.store(out + n1[None, :], values1.to(out.dtype.element_ty), mask=mask1)
             if narrow > 0:
-                values2 = _normed(values2, scale, gamma, n2, to_tf32, c_out)
+                values2 = _normed(values2, scale, gamma, n2, rounds, c_out)
                 tl.store(out + n2[None, :], values2.to(out.dtype.element_ty), mask=is_out)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
 def norm_silu_kernel(
     frame, gamma, out, num_positions,
-    dim: tl.constexpr, block_c: tl.constexpr, block: tl.constexpr, to_tf32: tl.constexpr,
+    dim: tl.constexpr, block_c: tl.constexpr, block: tl.constexpr, rounds: tl.constexpr,
 ):  # fmt: skip
     """See `norm_silu`."""
     positions = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -198,7 +200,7 @@ def norm_silu_kernel(
     mask = (positions < num_positions)[:, None] & (channels < dim)[None, :]
     values = tl.load(frame + offsets, mask=mask, other=0.0).to(tl.float32)
     scale = tl.sqrt(dim * 1.0) / tl.maximum(tl.sqrt(tl.sum(values * values, 1)), 1e-12)
-    values = _normed(values, scale, gamma, channels, to_tf32, dim)
+    values = _normed(values, scale, gamma, channels, rounds, dim)
     tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
 
 
@@ -207,20 +209,6 @@ def shared_bytes(device: torch.device) -> int:
     """What a program may have of a multiprocessor's shared memory."""
     utils = triton.runtime.driver.active.utils
     return int(utils.get_device_properties(device.index or 0)["max_shared_mem"])
-
-
-def packed(weight: Tensor) -> Tensor:
-    """A convolution's weight [C', C, ...] as the kernel reads it, [C', ..., C], rounded if TF32 is what computes.
-
-    Memory: one copy of the weight.
-    """
-    lying = weight.movedim(1, -1).contiguous()
-    return ((lying.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if is_tf32(weight) else lying
-
-
-def is_tf32(x: Tensor) -> bool:
-    """Whether products of x are computed in TF32, as torch's own convolutions would."""
-    return x.dtype == torch.float32 and bool(torch.backends.cudnn.allow_tf32)
 
 
 def conv(
@@ -235,15 +223,16 @@ def conv(
     *,
     adds: bool,
     upsamples: bool,
+    in_tf32: bool,
     blocks: Blocks,
 ) -> None:
-    """What `wan21.kernels.vae_ops.conv` says, with the kernel; `weight` as `packed` returns it."""
+    """What `wan21.kernels.vae_ops.conv` says, with the kernel."""
+    weight = weight.movedim(1, -1).contiguous()
     num_frames = len(normed) if out is None else out.shape[2]
     batch, c_in, height, width = window[0].shape
     c_out, taps = weight.shape[0], weight.shape[1] if weight.ndim == 5 else 1
     out_height, out_width = (normed[0] if out is None else out).shape[-2:]
     num_missing = num_frames + taps - 1 - len(window)
-    to_tf32 = is_tf32(weight)
     # A tensor that is not there is stood for by one that is; the kernel does not touch it.
     some = window[0]
     shown = (*(some,) * num_missing, *window)
@@ -282,19 +271,19 @@ def conv(
             adds=adds,
             keeps=out is not None,
             norms=bool(normed),
-            precision="tf32" if to_tf32 else "ieee",
-            to_tf32=to_tf32,
+            precision="tf32" if in_tf32 else "ieee",
+            rounds=in_tf32,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
 
 
-def norm_silu(frame: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu(frame: Tensor, gamma: Tensor, out: Tensor, *, rounds: bool) -> None:
     """What `wan21.kernels.vae_ops.norm_silu` says for one frame [B, C, H, W], with the kernel."""
     dim = frame.shape[1]
     num_positions = frame.numel() // dim
     block_c = triton.next_power_of_2(dim)
     block = max(1, 4096 // block_c)
     norm_silu_kernel[(triton.cdiv(num_positions, block),)](
-        frame, gamma, out, num_positions, dim=dim, block_c=block_c, block=block, to_tf32=is_tf32(frame), num_warps=4
+        frame, gamma, out, num_positions, dim=dim, block_c=block_c, block=block, rounds=rounds, num_warps=4
     )

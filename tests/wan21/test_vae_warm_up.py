@@ -1,7 +1,6 @@
 """What is compiled ahead of use is what decoding launches."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +11,9 @@ from wan21.config import VaeConfig
 from wan21.kernels import vae_ops
 from wan21.vae import DecodePlan
 from wan21.vae.warm_up import launches, warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def kind(window: list[Tensor], weight: Tensor, *rest: Any, adds: bool, upsamples: bool) -> tuple[Any, ...]:

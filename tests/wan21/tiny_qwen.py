@@ -52,6 +52,11 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _stops(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer: so many that random words soon meet one."""
+    return list(range(tokenizer.token_to_id("<|im_end|>"), tokenizer.get_vocab_size(), 12))
+
+
 def write_text_model(folder: Path) -> Path:
     """A Qwen2 of two layers in float32."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -63,7 +68,7 @@ def write_text_model(folder: Path) -> Path:
         **SIZES, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=4096, bos_token_id=None
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=tokenizer.token_to_id("<|im_end|>"))
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=_stops(tokenizer))
     model.save_pretrained(folder)
     return folder
 
@@ -91,7 +96,7 @@ def write_vision_model(folder: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=ids["<|im_end|>"])
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=_stops(tokenizer))
     model.save_pretrained(folder)
     facts = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps({**facts, "merge_size": 2}))

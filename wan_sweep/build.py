@@ -3,9 +3,8 @@
 from typing import Literal, cast
 
 from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
-from wan21.prompt.pictures import shown_sources
 from wan21.prompt.settings import PromptExtension, make_prompt_extension
-from wan21.sources import Sources
+from wan21.sources import Sources, frame_sources
 from wan_sweep.schema import Job
 
 
@@ -55,7 +54,7 @@ def build_extension(job: Job) -> PromptExtension | None:
         method=job.prompt_extend_method,
         model=job.prompt_extend_model,
         target_lang=job.prompt_extend_target_lang,
-        has_pictures=bool(shown_sources(build_spec(job))),
+        has_pictures=bool(frame_sources(build_spec(job))),
     )
 
 

@@ -28,13 +28,13 @@ def extend(
     if extension is None:
         return request, None
     from wan21.prompt.extend import extend_prompt
-    from wan21.prompt.pictures import shown_pictures
+    from wan21.sources import read_frames
 
     spec = build_spec(job)
     extended = extend_prompt(
         request.prompt,
         extension,
-        pictures=shown_pictures(spec, request),
+        pictures=read_frames(spec, request.sources, request.shape),
         is_image=spec.is_image,
         seed=request.seed,
         runtime=runtime,

@@ -25,9 +25,8 @@ from wan21.config import (
 )
 from wan21.errors import UsageError
 from wan21.parallel.layout import Layout, check_layout
-from wan21.prompt.pictures import shown_sources
 from wan21.prompt.settings import LANGUAGES, METHODS, PromptExtension, make_prompt_extension
-from wan21.sources import Sources
+from wan21.sources import Sources, frame_sources
 
 TRUE_WORDS = ("yes", "true", "t", "y", "1")
 FALSE_WORDS = ("no", "false", "f", "n", "0")
@@ -212,7 +211,7 @@ def _extension(flags: argparse.Namespace, spec: ModelSpec) -> tuple[PromptExtens
         method=flags.prompt_extend_method,
         model=flags.prompt_extend_model,
         target_lang=flags.prompt_extend_target_lang,
-        has_pictures=bool(shown_sources(spec)),
+        has_pictures=bool(frame_sources(spec)),
     )
     return extension, {}
 

@@ -45,11 +45,11 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     assert load_record(tmp_path / "2_x" / "record.json") == RECORD
 
 
-def test_a_record_from_before_prompt_extension_is_read(tmp_path: Path) -> None:
+def test_a_record_from_before_sources_and_prompt_extension_is_read(tmp_path: Path) -> None:
     write_record(tmp_path / "2_x", RECORD)
     path = tmp_path / "2_x" / "record.json"
     values = json.loads(path.read_text())
-    del values["prompt_extension"]
+    del values["prompt_extension"], values["sources"]
     path.write_text(json.dumps(values))
     assert load_record(path) == replace(RECORD, prompt_extension=None)
 

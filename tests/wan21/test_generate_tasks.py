@@ -141,6 +141,10 @@ def test_the_flags_of_other_tasks_are_refused_by_name(
         (["--task", "tiny-i2v", "--image", "/nowhere.png"], "image=/nowhere.png does not exist"),
         (["--task", "tiny-flf2v", "--first_frame", "{image}"], "needs last_frame as well"),
         (["--task", "tiny-flf2v", "--last_frame", "{image}"], "needs first_frame as well"),
+        (["--task", "tiny-vace", "--src_mask", "{video}"], "src_mask={video} needs src_video as well"),
+        (["--task", "tiny-vace", "--src_video", "{text}"], "src_video={text}"),
+        (["--task", "tiny-vace", "--src_ref_images", "{image},{text}"], "src_ref_images={text} is no picture"),
+        (["--task", "tiny-i2v", "--vace_context_scale", "2"], "vace_context_scale=2.0 belongs to the vace models"),
         (["--task", "tiny-t2i", "--frame_num", "5"], "frame_num=5 cannot be: tiny-t2i makes one image"),
         (["--task", "tiny-i2v", "--frame_num", "6"], "frame_num=6 is not of the form 4n+1"),
         (["--task", "t2v-1.3B", "--size", "1280*720"], "size=1280*720 is not a size of t2v-1.3B"),
@@ -162,7 +166,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     text, empty = tmp_path / "text.png", tmp_path / "empty.jpg"
     text.write_text("no picture")
     empty.touch()
-    names = {"text": text, "empty": empty, "image": sources["image"]}
+    names = {"text": text, "empty": empty, "image": sources["image"], "video": sources["src_video"]}
     assert main(["--device", "cpu", "--ckpt_dir", "random", *(flag.format(**names) for flag in flags)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1

@@ -57,4 +57,6 @@ def extension_warnings(told: Mapping[str, str] | None) -> list[dict[str, str]]:
     if told is None or "problem" not in told:
         return []
     text = f"the prompt was not extended, so the job ran with the original one: {told['problem']}"
-    return [{"code": NOT_EXTENDED, "text": text, "advice": told["advice"]}]
+    return [
+        {"code": NOT_EXTENDED, "text": text, "advice": f"{told['advice']}; then run the job again with resume=false"}
+    ]

@@ -15,7 +15,7 @@ from wan21.events import Span
 from wan21.prompt.extend import ExtendedPrompt, extend_prompt
 from wan21.prompt.instructions import instruction
 from wan21.prompt.settings import LANGUAGES, make_prompt_extension, repository
-from wan21.runtime import CpuRuntime
+from wan21.runtime import CpuRuntime, CudaRuntime
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,24 @@ def test_instructions_differ_by_language_pictures_and_task() -> None:
         assert still in image
         assert camera not in image
         assert camera in instruction(language, num_pictures=0, is_image=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_model_leaves_nothing_behind_and_the_seed_decides(text_model: Path) -> None:
+    runtime = CudaRuntime(0)
+    runtime.warm_up()
+    extension = make_prompt_extension(model=str(text_model))
+
+    def prompt(seed: int) -> str:
+        return extend_prompt("a kite", extension, seed=seed, runtime=runtime).prompt
+
+    first = prompt(1)
+    before = runtime.memory()
+    state = torch.cuda.get_rng_state()
+    assert prompt(1) == first
+    assert prompt(2) != first
+    after = runtime.memory()
+    assert after.allocated_bytes == before.allocated_bytes
+    assert after.reserved_bytes == before.reserved_bytes
+    assert torch.equal(torch.cuda.get_rng_state(), state)

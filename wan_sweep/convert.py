@@ -110,6 +110,9 @@ def _with_paths(job: Job) -> Job:
         raise UsageError(f"output_root={job.output_root} was not expanded by the shell; write output_root=$HOME/...")
     # A worker runs in a folder of its own.
     given = {name: getattr(job, name) for name in PATHS if getattr(job, name) is not None}
+    model = job.prompt_extend_model
+    if model and (model.startswith(".") or Path(model).is_dir()) and job.prompt_extend_method == "local_qwen":
+        given["prompt_extend_model"] = model
     return job.replace(**{name: str(Path(path).absolute()) for name, path in given.items()})
 
 

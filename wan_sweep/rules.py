@@ -7,10 +7,10 @@ from pathlib import Path
 
 from wan21.config import ModelSpec, check_device, model_spec
 from wan21.errors import WanError
-from wan_sweep.build import build_options, build_request
+from wan_sweep.build import build_extension, build_options, build_request
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
-from wan_sweep.schema import AUTO, Job
+from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
 
 GPU_DEFAULT_MODEL = "t2v-1.3B"
 CPU_DEFAULT_MODEL = "tiny"
@@ -47,6 +47,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             sample_steps=request.num_steps,
             sample_shift=float(request.shift),
             sample_guide_scale=float(request.guide_scale),
+            **_extension_knobs(job),
         )
         _check_parallel(job, model_spec(model), machine)
         _check_device(job, machine)
@@ -68,6 +69,15 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
         has_fa3 = is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
         job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
     return job
+
+
+def _extension_knobs(job: Job) -> dict[str, Scalar]:
+    """The knobs of prompt extension with its model decided, or at their defaults where nothing depends on them."""
+    extension = build_extension(job)
+    if extension is None:
+        names = ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+        return {name: KNOBS[name].default for name in names}
+    return {"prompt_extend_model": extension.model}
 
 
 def _words(numbers: list[int]) -> str:

@@ -175,6 +175,7 @@ class Sweep:
             ranks=told.get("ranks", []),
             warnings=warnings,
             idle_knobs=told.get("idle_knobs", {}),
+            prompt_extension=told.get("prompt_extension"),
             checks=list(self.plan.checks),
         )
 
@@ -201,6 +202,7 @@ class Sweep:
             idle_knobs=older.idle_knobs,
             measured_in=str(source),
             fidelity=older.fidelity,
+            prompt_extension=older.prompt_extension,
             passes=older.passes,
         )
         return self._references.compare(record, Path(older.measured_in or source)) if entry.job.fidelity else record

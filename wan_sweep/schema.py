@@ -13,6 +13,7 @@ from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from wan21.config import MODELS, AttentionKernel, Kernels, LoadStrategy, Precision, Solver
+from wan21.prompt.settings import Language, Method
 
 Scalar = str | int | float | bool | None
 
@@ -143,6 +144,21 @@ class Job:
     upstream_quirks: Annotated[
         bool, Rule(meaning="Do as the official code does where that is a mistake (docs/parity.md).")
     ] = False
+    use_prompt_extend: Annotated[
+        bool, Rule(meaning="A language model writes the prompt out in full before anything else is loaded.")
+    ] = False
+    prompt_extend_method: Annotated[
+        Method,
+        Rule(meaning="local_qwen runs a model on the device; dashscope asks a service, with the key in DASH_API_KEY."),
+    ] = "local_qwen"
+    prompt_extend_model: Annotated[
+        str | None,
+        Rule(
+            meaning="Name of the service's model, or for local_qwen a short name such as Qwen2.5_7B, a folder or a "
+            "repository; null is the method's default."
+        ),
+    ] = None
+    prompt_extend_target_lang: Annotated[Language, Rule(meaning="Language of the extended prompt.")] = "zh"
     base_seed: Annotated[int, Rule(meaning="Seed of the noise, the same in all jobs so that they compare.")] = 42
     sample_solver: Annotated[Solver, Rule(meaning="The sampler.")] = "unipc"
     sample_steps: Annotated[int | None, Rule(meaning="Denoising steps; null is the model's default.")] = None

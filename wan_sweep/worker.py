@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from wan_sweep.environment import device_used_bytes
 from wan_sweep.errors import RecordError
+from wan_sweep.extension import extend, extension_warnings
 from wan_sweep.measure.failure import explain
 from wan_sweep.nvml import ProcessMemory
 from wan_sweep.schema import Job
@@ -149,6 +150,19 @@ class Stage:
 
         return open_assets(self.spec, self.options, self.runtime)
 
+    def with_extended_prompt(self, observer: "Observer") -> tuple["Stage", dict[str, str] | None]:
+        """The same with its prompt extended if the job asks for that, and what the record says of it."""
+        request, told = extend(self.job, self.request, self.runtime, observer)
+        return replace(self, request=request), told
+
+    def with_measured_prompt(self) -> "Stage":
+        """The same with the prompt that the measuring pass came to."""
+        try:
+            told = read_json(self.folder / MEASURE.result).get("prompt_extension")
+        except RecordError:
+            return self
+        return replace(self, request=replace(self.request, prompt=told["prompt"])) if told else self
+
     def generate(self, assets: "Assets", observer: "Observer", *, num_steps: int | None = None) -> "Generation":
         """Runs the pipeline, for fewer steps than the job asks for if so told."""
         from wan21.pipeline import TextToVideo
@@ -217,7 +231,9 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
         sink = EventFile(events, job.log_interval)
         recorder = Recorder(runtime, sink, wants_blocks=job.block_events, process_used=read_process)
         generation = None
+        extension = None
         try:
+            stage, extension = stage.with_extended_prompt(recorder)
             generation = stage.generate(assets, recorder)
             save(stage, generation, recorder)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome
@@ -226,7 +242,9 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
     if generation is not None and stage.keeps_outputs:
         keep_outputs(folder, generation)
     facts = environment(runtime) | ({"process_used": how} if how else {})
-    result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": recorder.warnings}
+    warnings = [*extension_warnings(extension), *recorder.warnings]
+    result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": warnings}
+    result["prompt_extension"] = extension
     result["ranks"] = [{"rank": 0, "metrics": metrics, "series": series}]
     return result
 
@@ -270,7 +288,10 @@ def attribute(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[
         stack.enter_context(attributor.recording())
         stage.runtime.warm_up()
         try:
-            stage.generate(assets, together(Beat(EventFile(events)), attributor), num_steps=num_steps)
+            observer = together(Beat(EventFile(events)), attributor)
+            if job.prompt_extend_method == "local_qwen":  # its model fills the device, too
+                stage.with_extended_prompt(observer)
+            stage.with_measured_prompt().generate(assets, observer, num_steps=num_steps)
         except Exception as error:  # noqa: BLE001  # an OOM is what this pass may be here for
             outcome = stage.explain(error, None)
         if has_history:
@@ -295,7 +316,7 @@ def trace(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str,
     from wan21.events import together
     from wan_sweep.measure.tracer import Tracer
 
-    stage = Stage.set_up(folder, assignment)
+    stage = Stage.set_up(folder, assignment).with_measured_prompt()
     job = stage.job
     outcome: dict[str, Any] = {"outcome": "ok", "reason": ""}
     where = folder

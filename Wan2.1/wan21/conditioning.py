@@ -17,10 +17,8 @@ import torch
 from torch.nn import functional
 
 from wan21.config import ModelSpec, Request
-from wan21.examples import example_picture
-from wan21.pictures import read_picture
 from wan21.shapes import TEMPORAL_STRIDE, VideoShape
-from wan21.sources import TASK_SOURCES
+from wan21.sources import read_frames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +53,7 @@ def load_pictures(spec: ModelSpec, request: Request) -> list[torch.Tensor]:
     """
     if spec.clip is None:
         return []
-    names = TASK_SOURCES[spec.task]
-    pictures = []
-    for index, name in enumerate(names):
-        path = getattr(request.sources, name)
-        shape = request.shape
-        progress = index / max(1, len(names) - 1)
-        pictures.append(
-            _pixels(
-                example_picture(shape.width, shape.height, progress=progress)
-                if path is None
-                else read_picture(name, path)
-            )
-        )
+    pictures = map(_pixels, read_frames(spec, request.sources, request.shape))
     first, *others = pictures
     crop = crop_as_upstream if request.upstream_quirks else crop_like
     return [first, *(crop(other, first) for other in others)]

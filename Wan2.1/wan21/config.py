@@ -197,6 +197,7 @@ MODELS: Mapping[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         TINY,
+        replace(TINY, name="tiny-t2i", task="t2i", default_frame_num=1),
         replace(
             TINY,
             name="tiny-i2v",

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from wan21.errors import UsageError
-from wan21.pictures import picture_size
+from wan21.examples import example_picture
+from wan21.pictures import picture_size, read_picture
+from wan21.shapes import VideoShape
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TASK_SOURCES: Mapping[str, tuple[str, ...]] = {
     "i2v": ("image",),
@@ -20,7 +25,8 @@ TASK_SOURCES: Mapping[str, tuple[str, ...]] = {
 }
 """What each task takes; a task that is not here takes no files."""
 
-PICTURES = ("image", "first_frame", "last_frame")
+FRAMES = ("image", "first_frame", "last_frame")
+PICTURES = FRAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,28 @@ def described(spec: HasTask, sources: Sources) -> str:
         elif name in PICTURES:
             words.append(f"{name} the built-in example")
     return "; ".join(words)
+
+
+def frame_sources(spec: HasTask) -> tuple[str, ...]:
+    """Names of the sources that are frames of what the task makes: the first, or the first and the last."""
+    return tuple(name for name in TASK_SOURCES.get(spec.task, ()) if name in FRAMES)
+
+
+def read_frames(spec: HasTask, sources: Sources, shape: VideoShape) -> "list[np.ndarray]":
+    """The pictures of `frame_sources`, [height, width, 3] in uint8; where none is given, examples of the video's size.
+
+    Raises:
+        UsageError: a file is gone or damaged meanwhile.
+    """
+    names = frame_sources(spec)
+    pictures = []
+    for index, name in enumerate(names):
+        path, progress = getattr(sources, name), index / max(1, len(names) - 1)
+        is_given = path is not None
+        pictures.append(
+            read_picture(name, path) if is_given else example_picture(shape.width, shape.height, progress=progress)
+        )
+    return pictures
 
 
 def _state(name: str, path: str) -> tuple[int, int]:

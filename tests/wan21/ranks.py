@@ -216,8 +216,23 @@ def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
     return None if video is None else video.numpy()
 
 
-def command_line(_: Any, arguments: list[str]) -> int:
-    """Runs the command line of wan21 as one of several ranks."""
+def command_line(_: Any, arguments: list[str], variables: dict[str, str] | None = None) -> int:
+    """Runs the command line of wan21 as one of several ranks, with these environment variables."""
     from wan21.generate import main
 
+    os.environ.update(variables or {})
     return main(arguments)
+
+
+def agree_on_text(layout: Any, texts: list[str]) -> str:
+    """What ranks come to of which each brings a text of its own."""
+    from wan21.parallel.exchange import agreed_text
+    from wan21.parallel.world import connect
+    from wan21.runtime import CpuRuntime
+
+    runtime = CpuRuntime()
+    world = connect(layout, runtime)
+    try:
+        return agreed_text(world.everyone, texts[world.rank], runtime.device)
+    finally:
+        world.close()

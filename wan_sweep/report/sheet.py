@@ -22,10 +22,10 @@ OUTSIDE_ALLOCATOR = "memory/outside_allocator_bytes"
 TOTAL_SECONDS = "time/total_s"
 STEP_SECONDS = "time/step_s"
 FIRST_STEP_SECONDS = "time/first_step_s"
-COMPONENTS = ("t5", "clip", "dit", "vae")
+COMPONENTS = ("qwen", "t5", "clip", "dit", "vae")
 LIBRARIES = "libraries"
 ACTIVATIONS = "activations"
-PHASES = ("load", "encode_text", "encode_image", "denoise", "decode", "save")
+PHASES = ("extend_prompt", "load", "encode_text", "encode_image", "denoise", "decode", "save")
 MODES = ("measure", "estimate")
 
 _GIB_ABOVE_BYTES = 10 * GIB

@@ -91,3 +91,15 @@ def agreed(group: Group, number: int, device: torch.device) -> int:
     shared = torch.tensor(number, dtype=torch.int64, device=device)
     broadcast(group, shared)
     return int(shared)
+
+
+def agreed_text(group: Group, text: str, device: torch.device) -> str:
+    """The text of the group's first member."""
+    if group.size == 1:
+        return text
+    letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    if (size := agreed(group, len(letters), device)) != len(letters):
+        letters = torch.empty(size, dtype=torch.uint8, device=device)
+    if size:
+        broadcast(group, letters)
+    return bytes(letters.tolist()).decode()

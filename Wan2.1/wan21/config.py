@@ -45,12 +45,36 @@ EXAMPLE_PROMPT = "A red paper kite climbs over a windy harbour while fishing boa
 
 
 @dataclass(frozen=True, kw_only=True)
+class VaceConfig:
+    """What VACE adds to the diffusion transformer.
+
+    layers: the main blocks with a block of VACE beside them; the first of all has one.
+    in_dim: channels of the context: two videos' latents, and 8 x 8 positions of the mask.
+
+    Raises:
+        UsageError: layers do not ascend from 0.
+
+    Reference: VACE (arXiv 2503.07598).
+    """
+
+    layers: tuple[int, ...]
+    in_dim: int = 96
+
+    def __post_init__(self) -> None:
+        if self.layers[:1] != (0,) or list(self.layers) != sorted(set(self.layers)):
+            raise UsageError(
+                f"vace_layers={list(self.layers)} do not ascend from 0; the released ones are 0, 2, 4, ..."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DitConfig:
     """Sizes of the diffusion transformer.
 
     in_dim: channels that it takes: those of the latents, and of what is laid beside them (`conditioning_dim`).
     image_dim: width of the image tokens that its cross attention reads besides the prompt; 0: it reads none.
     num_image_positions: image tokens that have a learned position; 0: they have none.
+    vace: of the blocks that VACE adds, if it has any.
     """
 
     dim: int
@@ -65,10 +89,15 @@ class DitConfig:
     eps: float = 1e-6
     image_dim: int = 0
     num_image_positions: int = 0
+    vace: VaceConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UsageError(f"dim={self.dim} does not split into num_heads={self.num_heads} heads of even width")
+        if self.vace is not None and self.vace.layers[-1] >= self.num_layers:
+            raise UsageError(
+                f"vace_layers={list(self.vace.layers)} name a block that num_layers={self.num_layers} does not have"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -5,14 +5,15 @@ Letters: C channels; T frames at the layer at hand; P positions that it computes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-from torch import nn
+from typing import TYPE_CHECKING, cast
 
 from wan21.vae.budget import SINGLE_FRAME_WORK, Need, TileBudget, chain, macs_of
 from wan21.vae.encode_plan import encode_strips
 from wan21.vae.encoder import Encoder
 from wan21.vae.plan import DecodePlan, Strip
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LATENT_BYTES = 4
 """The latents are float32 whatever the VAE computes in."""

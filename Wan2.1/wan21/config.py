@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from wan21.errors import UsageError
+from wan21.excerpts import choose_excerpt
 from wan21.layout import SINGLE, Layout
 from wan21.pictures import picture_size
-from wan21.shapes import VideoShape, parse_size, sides_like
+from wan21.shapes import TEMPORAL_STRIDE, VideoShape, parse_size, sides_like
 from wan21.sources import NO_SOURCES, Sources, check_sources
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -201,6 +202,8 @@ DIT_1_3B = DitConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 DIT_14B = DitConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 DIT_I2V_14B = replace(DIT_14B, in_dim=36, image_dim=1280)
 DIT_FLF2V_14B = replace(DIT_I2V_14B, num_image_positions=514)
+DIT_VACE_1_3B = replace(DIT_1_3B, vace=VaceConfig(layers=tuple(range(0, 30, 2))))
+DIT_VACE_14B = replace(DIT_14B, vace=VaceConfig(layers=tuple(range(0, 40, 5))))
 WAN_VAE = VaeConfig()
 CLIP_VIT_H = ClipConfig(dim=1280, ffn_dim=5120, num_heads=16, num_layers=32)
 
@@ -243,6 +246,13 @@ MODELS: Mapping[str, ModelSpec] = {
             clip=TINY_CLIP,
             default_shift=16.0,
             negative_prompt=NEGATIVE_PROMPT_FLF2V,
+        ),
+        replace(
+            TINY,
+            name="tiny-vace",
+            task="vace",
+            dit=replace(TINY.dit, vace=VaceConfig(layers=(0, 2))),
+            default_shift=16.0,
         ),
         ModelSpec(name="t2v-1.3B", dit=DIT_1_3B, text=UMT5_XXL, vae=WAN_VAE, sizes=SIZES_480P, default_size="832*480"),
         ModelSpec(
@@ -288,6 +298,26 @@ MODELS: Mapping[str, ModelSpec] = {
             default_shift=16.0,
             negative_prompt=NEGATIVE_PROMPT_FLF2V,
         ),
+        ModelSpec(
+            name="vace-1.3B",
+            task="vace",
+            dit=DIT_VACE_1_3B,
+            text=UMT5_XXL,
+            vae=WAN_VAE,
+            sizes=SIZES_480P,
+            default_size="832*480",
+            default_shift=16.0,
+        ),
+        ModelSpec(
+            name="vace-14B",
+            task="vace",
+            dit=DIT_VACE_14B,
+            text=UMT5_XXL,
+            vae=WAN_VAE,
+            sizes=SIZES_720P + SIZES_480P,
+            default_size="1280*720",
+            default_shift=16.0,
+        ),
     )
 }
 
@@ -316,8 +346,10 @@ def model_spec(name: str) -> ModelSpec:
 class Request:
     """What to generate. Build it with `make_request`, which fills in the task's defaults and checks all of it.
 
-    size: the one that was chosen. For tasks that start from a picture it gives the area, and the picture the ratio of
-        sides, so that `shape` differs from it.
+    size, frame_num: those that were chosen. For tasks that start from a picture the size gives the area, and the
+        picture the ratio of sides; a source video gives the ratio and the frames, and size and frame_num are the most
+        that it may have of them. So `shape` may differ from both.
+    vace_context_scale: how strongly sources steer; of VACE's models only.
     sources: files it is made from; an example of our own stands in for what is not given.
     upstream_quirks: do as the official code does where that is a mistake (docs/parity.md).
     """
@@ -325,6 +357,7 @@ class Request:
     prompt: str
     negative_prompt: str
     size: str
+    frame_num: int
     shape: VideoShape
     solver: Solver
     num_steps: int
@@ -334,7 +367,14 @@ class Request:
     batch_size: int = 1
     micro_batch_size: int = 1
     sources: Sources = NO_SOURCES
+    vace_context_scale: float = 1.0
     upstream_quirks: bool = False
+
+    @property
+    def denoised_shape(self) -> VideoShape:
+        """Of what is denoised: the video, and in front of it as many frames as make a latent frame per reference."""
+        more = TEMPORAL_STRIDE * len(self.sources.src_ref_images)
+        return replace(self.shape, num_frames=self.shape.num_frames + more)
 
 
 def make_request(
@@ -352,6 +392,7 @@ def make_request(
     batch_size: int = 1,
     micro_batch_size: int = 1,
     sources: Sources = NO_SOURCES,
+    vace_context_scale: float = 1.0,
     upstream_quirks: bool = False,
 ) -> Request:
     """A checked request; None, and the empty negative prompt, mean the task's default.
@@ -382,6 +423,12 @@ def make_request(
             f"sample_guide_scale={guide_scale} is not a number of at least 0; "
             f"{spec.name} uses {spec.default_guide_scale}, and 1 switches guidance off"
         )
+    if spec.task != "vace" and vace_context_scale != 1:
+        raise UsageError(
+            f"vace_context_scale={vace_context_scale} belongs to the vace models, and {spec.name} is none; leave it out"
+        )
+    if not 0 <= vace_context_scale < float("inf"):
+        raise UsageError(f"vace_context_scale={vace_context_scale} is not a number of at least 0; upstream uses 1")
     if not 0 <= seed < 2**63:
         raise UsageError(f"base_seed={seed} is outside 0 to 2**63 - 1")
     if batch_size < 1 or not 1 <= micro_batch_size <= batch_size:
@@ -393,6 +440,7 @@ def make_request(
         prompt=EXAMPLE_PROMPT if prompt is None else prompt,
         negative_prompt=negative_prompt or spec.negative_prompt,
         size=size,
+        frame_num=frame_num,
         shape=_video_shape(size, frame_num, sources),
         solver=solver,  # type: ignore[arg-type]
         num_steps=num_steps,
@@ -402,13 +450,17 @@ def make_request(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         sources=sources,
+        vace_context_scale=vace_context_scale,
         upstream_quirks=upstream_quirks,
     )
 
 
 def _video_shape(size: str, num_frames: int, sources: Sources) -> VideoShape:
-    """Frames and sides of the video: of the chosen size, or of its area and the ratio of a picture's sides."""
+    """Frames and sides of the video: as chosen, or with a picture's ratio of sides, or as a source video has them."""
     width, height = parse_size(size)
+    if sources.src_video is not None:
+        chosen = VideoShape(num_frames=num_frames, height=height, width=width)
+        return choose_excerpt("src_video", sources.src_video, chosen).shape
     name = "image" if sources.image else "first_frame"
     path = getattr(sources, name)
     if path is not None:

@@ -90,12 +90,12 @@ def test_what_is_no_video_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_video_without_frames_is_refused(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.mp4"
+    empty = tmp_path / "empty.avi"
     source = ["-f", "lavfi", "-i", "color=size=32x32:duration=1", "-frames:v", "0"]
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", *source, "-f", "nut", str(empty)]
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", *source, "-c:v", "rawvideo", str(empty)]
     subprocess.run(ffmpeg, check=False)
     assert empty.exists()
-    with pytest.raises(UsageError, match="has no frames|no video"):
+    with pytest.raises(UsageError, match="has no frames"):
         inspect_video("src_video", str(empty))
 
 

@@ -15,6 +15,8 @@ from wan21.vae.plan import DecodePlan, Strip
 if TYPE_CHECKING:
     from torch import nn
 
+    from wan21.vae.layers import Downsample
+
 LATENT_BYTES = 4
 """The latents are float32 whatever the VAE computes in."""
 
@@ -93,7 +95,7 @@ class EncodeBudget(TileBudget):
         high = high.then(blocks)
         waiting = frames * first.in_channels * pixels
         if at_once < frames:
-            waiting += frames * cast("nn.Conv2d", layers[-1].resample[1]).out_channels * stored
+            waiting += frames * cast("nn.Conv2d", cast("Downsample", layers[-1]).resample[1]).out_channels * stored
             # All of it is done as often as it takes.
             high = Need(high.past, high.passing, high.macs * frames // at_once)
 

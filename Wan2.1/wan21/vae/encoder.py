@@ -37,9 +37,9 @@ class Encoder(nn.Module):
                 dim = level_dim
             if level < len(dims) - 1:
                 downsamplings.append(len(layers))
+                self.low_dim = dim
                 layers.append(Downsample(dim, in_time=config.temporal_downsample[level], dtype=dtype))
         self.first_downsampling, self.last_downsampling = downsamplings[0], downsamplings[-1]
-        self.low_dim = cast("Downsample", layers[self.last_downsampling]).resample[1].out_channels
         self.downsamples = nn.ModuleList(layers)
         self.middle = nn.ModuleList(
             [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wan21.config import VaeConfig
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.encode_budget import EncodeBudget
 from wan21.vae.encode_plan import encode_tiles
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
@@ -25,6 +26,8 @@ from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles
 
 Pixels = Callable[[slice, slice, slice], Tensor]
 """From frames, rows and columns to values in [-1, 1], [B, 3, T, H, W] of that window, where the VAE is."""
+
+NO_ENCODER = "this VAE has no encoder any more; load it again, and do not call drop_encoder"
 
 # Of the 16 channels of the released VAE's latents, over its training data.
 LATENT_MEAN = (
@@ -113,7 +116,7 @@ class Vae(nn.Module):
         latent frames, [B, 4 base_dim, t, h, w].
         """
         if self.encoder is None or self.conv1 is None:
-            raise UsageError("this VAE has no encoder any more; load it again, and do not call drop_encoder")
+            raise UsageError(NO_ENCODER)
         batch, num_frames, height, width = shape
         t, h, w = self._latent_shape(num_frames, height, width)
         device = self.conv2.weight.device
@@ -130,6 +133,19 @@ class Vae(nn.Module):
             latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
             del mu  # or it would stand beside the next one
         return latents
+
+    def encode_budget(self, shape: tuple[int, int, int, int]) -> EncodeBudget:
+        """Bytes and work of plans for encoding B, T, H, W pixels.
+
+        Raises:
+            UsageError: as `encode_pixels`.
+        """
+        if self.encoder is None:
+            raise UsageError(NO_ENCODER)
+        batch, num_frames, height, width = shape
+        latent_shape = self._latent_shape(num_frames, height, width)
+        itemsize = self.conv2.weight.element_size()
+        return EncodeBudget(self.encoder, latent_shape, itemsize=itemsize, batch_size=batch)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """The video of some normalised latents, as many frames at a time as a latent frame gives.

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from wan21.clips import choose_clip
 from wan21.errors import UsageError
+from wan21.excerpts import excerpt_of
 from wan21.shapes import VideoShape
 from wan21.videos import VideoFacts
 
@@ -24,10 +24,10 @@ def test_frames_and_sizes_equal_the_golden_ones(golden: dict[str, Any]) -> None:
     for case in golden["vace_video_sampling"]:
         budget = BUDGETS[case["area"]]
         assert budget.num_tokens == case["seq_len"]
-        clip = choose_clip(facts(case["frames"], case["fps"], case["h"], case["w"]), budget)
-        assert list(clip.frame_ids) == case["frame_ids"]
-        assert [clip.shape.height, clip.shape.width] == case["out_hw"]
-        assert clip.shape.num_frames == case["n_out"] == len(case["frame_ids"])
+        excerpt = excerpt_of(facts(case["frames"], case["fps"], case["h"], case["w"]), budget)
+        assert list(excerpt.frame_ids) == case["frame_ids"]
+        assert [excerpt.shape.height, excerpt.shape.width] == case["out_hw"]
+        assert excerpt.shape.num_frames == case["n_out"] == len(case["frame_ids"])
 
 
 def plainly(video: VideoFacts, budget: VideoShape) -> tuple[list[int], int, int]:
@@ -53,27 +53,27 @@ def test_random_videos_agree_with_a_plain_computation() -> None:
             generator.randint(64, 2000), generator.randint(64, 2000),
         )  # fmt: skip
         for budget in BUDGETS.values():
-            clip = choose_clip(video, budget)
+            excerpt = excerpt_of(video, budget)
             frame_ids, height, width = plainly(video, budget)
-            assert (clip.shape.height, clip.shape.width) == (height, width)
-            assert list(clip.frame_ids) == frame_ids
-            assert clip.shape.num_tokens <= budget.num_tokens
+            assert (excerpt.shape.height, excerpt.shape.width) == (height, width)
+            assert list(excerpt.frame_ids) == frame_ids
+            assert excerpt.shape.num_tokens <= budget.num_tokens
 
 
 def test_the_first_and_the_last_frame_are_kept() -> None:
-    clip = choose_clip(facts(500, 30, 480, 832), BUDGETS[399360])
-    assert (clip.frame_ids[0], clip.frame_ids[-1]) == (0, 499)
+    excerpt = excerpt_of(facts(500, 30, 480, 832), BUDGETS[399360])
+    assert (excerpt.frame_ids[0], excerpt.frame_ids[-1]) == (0, 499)
 
 
 def test_a_small_video_may_have_more_frames_and_a_smaller_budget_takes_fewer() -> None:
     small = facts(200, 16, 240, 416)
-    assert choose_clip(small, BUDGETS[399360]).shape == VideoShape(num_frames=197, height=240, width=416)
-    assert choose_clip(small, VideoShape(num_frames=9, height=240, width=416)).shape.num_frames == 9
+    assert excerpt_of(small, BUDGETS[399360]).shape == VideoShape(num_frames=197, height=240, width=416)
+    assert excerpt_of(small, VideoShape(num_frames=9, height=240, width=416)).shape.num_frames == 9
 
 
 def test_where_nothing_is_shown_the_frame_before_stands() -> None:
     gap = VideoFacts(height=480, width=832, spans=((0.0, 0.1), (0.1, 0.2), (5.0, 5.1), (5.1, 5.2), (5.2, 5.3)))
-    assert choose_clip(gap, BUDGETS[399360]).frame_ids == (0, 1, 1, 1, 4)
+    assert excerpt_of(gap, BUDGETS[399360]).frame_ids == (0, 1, 1, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_where_nothing_is_shown_the_frame_before_stands() -> None:
 )
 def test_a_video_without_a_token_on_a_side_is_refused(height: int, width: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_clip(facts(5, 16, height, width), BUDGETS[399360])
+        excerpt_of(facts(5, 16, height, width), BUDGETS[399360])

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from wan21.errors import UsageError
 from wan21.shapes import PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE, VideoShape
-from wan21.videos import VideoFacts
+from wan21.videos import VideoFacts, inspect_video
 
 UNIT = SPATIAL_STRIDE * PATCH
 """Pixels on a side of a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class Excerpt:
     """What becomes of a source video.
 
     frame_ids: of the source, ascending; the same one may come several times.
@@ -26,7 +26,25 @@ class Clip:
     shape: VideoShape
 
 
-def choose_clip(video: VideoFacts, budget: VideoShape) -> Clip:
+def choose_excerpt(name: str, path: str, budget: VideoShape) -> Excerpt:
+    """What becomes of the video in a file; `excerpt_of` says how that is chosen.
+
+    Args:
+        name: what the file is for, for messages.
+        path: of the file.
+        budget: the size and the frames that were chosen.
+
+    Raises:
+        UsageError: it cannot be read, is smaller than a token, or too long and narrow.
+    """
+    video = inspect_video(name, path)
+    try:
+        return excerpt_of(video, budget)
+    except UsageError as error:
+        raise UsageError(f"{name}={path}: {error}") from error
+
+
+def excerpt_of(video: VideoFacts, budget: VideoShape) -> Excerpt:
     """Frames spread evenly over a video, in sides that are like its own.
 
     A video that is small enough keeps its size, rounded down to whole tokens, and may have more frames than the budget
@@ -34,7 +52,7 @@ def choose_clip(video: VideoFacts, budget: VideoShape) -> Clip:
 
     Args:
         video: the source.
-        budget: the size that was chosen; what it has of pixels and of tokens is the most that the clip may have.
+        budget: the size that was chosen; what it has of pixels and of tokens is the most that the excerpt may have.
 
     Raises:
         UsageError: the video is smaller than a token, or too long and narrow.
@@ -53,7 +71,7 @@ def choose_clip(video: VideoFacts, budget: VideoShape) -> Clip:
         )
     num_frames = TEMPORAL_STRIDE * (latent_frames - 1) + 1
     shape = VideoShape(num_frames=num_frames, height=UNIT * rows, width=UNIT * (area // rows))
-    return Clip(frame_ids=_spread(video, num_frames), shape=shape)
+    return Excerpt(frame_ids=_spread(video, num_frames), shape=shape)
 
 
 def _spread(video: VideoFacts, num_frames: int) -> tuple[int, ...]:

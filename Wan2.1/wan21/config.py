@@ -423,12 +423,7 @@ def make_request(
             f"sample_guide_scale={guide_scale} is not a number of at least 0; "
             f"{spec.name} uses {spec.default_guide_scale}, and 1 switches guidance off"
         )
-    if spec.task != "vace" and vace_context_scale != 1:
-        raise UsageError(
-            f"vace_context_scale={vace_context_scale} belongs to the vace models, and {spec.name} is none; leave it out"
-        )
-    if not 0 <= vace_context_scale < float("inf"):
-        raise UsageError(f"vace_context_scale={vace_context_scale} is not a number of at least 0; upstream uses 1")
+    _check_context_scale(spec, vace_context_scale)
     if not 0 <= seed < 2**63:
         raise UsageError(f"base_seed={seed} is outside 0 to 2**63 - 1")
     if batch_size < 1 or not 1 <= micro_batch_size <= batch_size:
@@ -453,6 +448,15 @@ def make_request(
         vace_context_scale=vace_context_scale,
         upstream_quirks=upstream_quirks,
     )
+
+
+def _check_context_scale(spec: ModelSpec, scale: float) -> None:
+    if spec.task != "vace" and scale != 1:
+        raise UsageError(
+            f"vace_context_scale={scale} belongs to the vace models, and {spec.name} is none; leave it out"
+        )
+    if not 0 <= scale < float("inf"):
+        raise UsageError(f"vace_context_scale={scale} is not a number of at least 0; upstream uses 1")
 
 
 def _video_shape(size: str, num_frames: int, sources: Sources) -> VideoShape:

@@ -101,7 +101,8 @@ def read_frames(name: str, path: str, frame_ids: Sequence[int]) -> Iterator["np.
         if not wanted:
             return
         if wanted[-1] == index:
-            picture = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // QUARTER)
+            turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // QUARTER)
+            picture = np.ascontiguousarray(turned)  # torch takes no negative strides
             while wanted and wanted[-1] == index:
                 wanted.pop()
                 yield picture

@@ -52,6 +52,7 @@ def test_a_video_that_is_shown_turned_comes_turned(video: str, tmp_path: Path) -
     facts = inspect_video("src_video", turned)
     assert (facts.height, facts.width) == (48, 32)
     (frame,) = read_frames("src_video", turned, [2])
+    assert torch.tensor(frame).shape == (48, 32, 3)  # which negative strides would not become
     corner, opposite = frame[-1, 0].tolist(), frame[0, 0].tolist()  # counterclockwise, top left comes to bottom left
     assert corner[0] - corner[1] > 100
     assert abs(opposite[0] - opposite[1]) <= CLOSE

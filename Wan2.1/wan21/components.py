@@ -104,8 +104,8 @@ class Components:
             return self._shard("t5", module, self._weights.t5, blocks, tables=tables, entrances=["encode"])
         if self._options.load_strategy == "full" or device != self._runtime.device:
             return self._load("t5", module, self._weights.t5, device)
-        blocks = numbered("blocks", module.blocks)
-        return self._stream("t5", module, self._weights.t5, blocks, tables=["token_embedding"])
+        named = numbered("blocks", module.blocks)
+        return self._stream("t5", module, self._weights.t5, named, tables=["token_embedding"])
 
     def clip(self) -> Component[ImageEncoder]:
         """The image encoder, without what is never run.

@@ -75,7 +75,8 @@ def all_hints_first(model: Dit, scale: float) -> torch.Tensor:
     shared = (time.modulations, model.embed_text(prompts), turns, plan)
     x = model._patchify(latents, grid, plan, None)
     control = model._begin_control(Control(context=context), x, grid, plan)
-    room, hints = model._room(x.shape, latents.device), []
+    heads = (x.shape[0], x.shape[1], model.config.num_heads, model.config.head_dim)
+    room, hints = plan.tokens.room(2, heads, latents.new_empty(0, dtype=model.dtype)), []
     for block in model.vace_blocks:
         nothing = torch.zeros_like(x)
         hint, control = block((nothing, control), *shared, scale, room)
@@ -84,7 +85,8 @@ def all_hints_first(model: Dit, scale: float) -> torch.Tensor:
         x = block(x, *shared, model.dtype if index == 0 else torch.float32, room)
         if index in model.config.vace.layers:
             x.add_(hints[model.config.vace.layers.index(index)])
-    return model._unpatchify(model.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)), grid)
+    patches = model.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)).to(model.dtype)
+    return model._unpatchify(patches, grid)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6])
@@ -190,7 +192,11 @@ def test_streamed_in_the_order_of_the_run_no_bit_changes(unit: str, resident_sha
     names, blocks = list(named), all_in_parts(named.values())
     everything = StreamPlan(blocks, unit, 2**40).device_bytes  # type: ignore[arg-type]
     plan = StreamPlan(blocks, unit, int(resident_share * everything))  # type: ignore[arg-type]
-    stream(blocks, plan, lambda index, leaf, to: to.copy_(state[f"{names[index]}.{leaf}"]), CpuRuntime())
+
+    def write(index: int, leaf: str, to: torch.Tensor, first: int) -> None:
+        to.copy_(state[f"{names[index]}.{leaf}"].view(-1)[first : first + to.numel()])
+
+    stream(blocks, plan, write, CpuRuntime())
     for _ in range(2):
         assert torch.equal(velocity(model), velocity(expected_model))
 

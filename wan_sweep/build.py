@@ -32,13 +32,21 @@ def build_request(job: Job) -> Request:
         batch_size=job.batch_size,
         micro_batch_size=job.micro_batch_size,
         sources=build_sources(job),
+        vace_context_scale=job.vace_context_scale,
         upstream_quirks=job.upstream_quirks,
     )
 
 
 def build_sources(job: Job) -> Sources:
     """The files to make it from."""
-    return Sources(image=job.image, first_frame=job.first_frame, last_frame=job.last_frame)
+    return Sources(
+        image=job.image,
+        first_frame=job.first_frame,
+        last_frame=job.last_frame,
+        src_video=job.src_video,
+        src_mask=job.src_mask,
+        src_ref_images=tuple(filter(None, (job.src_ref_images or "").split(","))),
+    )
 
 
 def build_extension(job: Job) -> PromptExtension | None:

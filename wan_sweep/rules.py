@@ -42,7 +42,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         check_device(build_options(job), device)
         job = job.replace(
             size=request.size,
-            frame_num=request.shape.num_frames,
+            frame_num=request.frame_num,
             prompt=request.prompt,
             sample_steps=request.num_steps,
             sample_shift=float(request.shift),

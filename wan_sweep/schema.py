@@ -141,6 +141,19 @@ class Job:
         Rule(meaning="The first frame of flf2v, which gives the ratio of sides; null is a built-in example."),
     ] = None
     last_frame: Annotated[str | None, Rule(meaning="The last frame of flf2v; null is a built-in example.")] = None
+    src_video: Annotated[
+        str | None,
+        Rule(
+            meaning="The video that vace starts from, which gives frames and the ratio of sides; null is a blank one."
+        ),
+    ] = None
+    src_mask: Annotated[
+        str | None, Rule(meaning="White where vace may change src_video, black where not; null is all white.")
+    ] = None
+    src_ref_images: Annotated[
+        str | None, Rule(meaning="Pictures of what vace shall show, with commas between them; null is none.")
+    ] = None
+    vace_context_scale: Annotated[float, Rule(meaning="How strongly the sources of vace steer.", at_least=0)] = 1.0
     upstream_quirks: Annotated[
         bool, Rule(meaning="Do as the official code does where that is a mistake (docs/parity.md).")
     ] = False

@@ -90,6 +90,7 @@ def _add_sources(flags: argparse.ArgumentParser) -> None:
     add("--src_video", help="vace: the video that is edited, or that controls")
     add("--src_mask", help="vace: where the video is to change, white; with --src_video")
     add("--src_ref_images", type=paths, default=(), help="vace: pictures of what is to appear, with commas between")
+    add("--vace_context_scale", type=float, default=1.0, help="vace: how strongly these files steer")
 
 
 def _add_extension(flags: argparse.ArgumentParser) -> None:
@@ -170,6 +171,7 @@ def asked(flags: argparse.Namespace) -> Asked:
             src_mask=flags.src_mask,
             src_ref_images=flags.src_ref_images,
         ),
+        vace_context_scale=flags.vace_context_scale,
         upstream_quirks=flags.upstream_quirks,
     )
     options = Options(

@@ -95,6 +95,8 @@ PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(cfg=2, ulysses=2), {}, {"load_strategy": "part", "resident_gib": 0.002, "offload": True}),
     (Layout(cfg=2), {}, {"load_strategy": "part", "t5_cpu": True}),
     (Layout(ring=2), {}, {"load_strategy": "part", "attention_slices": 2, "residual_on_host": 0.5}),
+    (Layout(ulysses=2, dit_fsdp=True), {"model": "tiny-vace"}, {"offload": True}),
+    (Layout(cfg=2, ring=2), {"model": "tiny-vace"}, {"load_strategy": "part", "residual_on_host": 0.5}),
 ]
 
 

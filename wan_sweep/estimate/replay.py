@@ -91,6 +91,8 @@ def _signature(value: object) -> object:
         return (value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, Windowed):
         return (type(value), value.shape)
+    if isinstance(value, tuple):
+        return tuple(map(_signature, value))
     return value
 
 

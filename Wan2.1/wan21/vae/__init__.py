@@ -1,7 +1,7 @@
 """The causal video VAE."""
 
 from wan21.vae.budget import Budget
-from wan21.vae.encode_plan import EncodeBudget
+from wan21.vae.encode_budget import EncodeBudget
 from wan21.vae.plan import WHOLE, DecodePlan, Piece
 from wan21.vae.vae import Vae
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from wan_sweep.cards import DEFAULT_CARD, card_like
 from wan_sweep.convert import Candidate
 from wan_sweep.environment import Machine
 from wan_sweep.errors import RecordError
@@ -240,17 +241,28 @@ def _settles(record: Record, *, retry_failed: bool) -> bool:
 
 
 def _notes(candidates: Sequence[Candidate], machine: Machine) -> tuple[str, ...]:
-    chosen = [resolve(candidate.job, machine).job for candidate in candidates if candidate.job.model == AUTO]
-    kinds = {(job.model, job.device): job for job in chosen}
-    notes = [f"model=auto is {job.model}: {_why(job, machine)}." for job in kinds.values()]
-    return tuple(notes)
+    resolved = [(candidate.job, resolve(candidate.job, machine).job) for candidate in candidates]
+    chosen = {(job.model, job.mode, job.device): job for asked, job in resolved if asked.model == AUTO}
+    notes = [f"model=auto is {job.model}: {_why(job, machine)}." for job in chosen.values()]
+    estimated = {job.card: (asked, job) for asked, job in resolved if job.mode == "estimate"}
+    return (*notes, *(_card_note(asked, job, machine) for asked, job in estimated.values()))
+
+
+def _card_note(asked: Job, job: Job, machine: Machine) -> str:
+    """For which card, and why for this one."""
+    how = f"Estimated for the {job.card}, not measured"
+    if asked.card is not None:
+        return f"{how}."
+    if job.card == DEFAULT_CARD and not any(card_like(gpu.name, gpu.total_bytes) for gpu in machine.gpus):
+        return f"{how}; another card: card=NAME; a real run on this machine's CPU: model=tiny device=cpu."
+    if not machine.num_gpus:
+        return f"{how}, since torch {machine.torch_version} cannot use the {machine.gpus[0].name} that is here."
+    return f"{how}; that is the GPU here, and card=NAME names another."
 
 
 def _why(job: Job, machine: Machine) -> str:
+    if job.mode == "estimate":
+        return "the jobs are estimated"
     if job.device == "cuda":
         return f"the job runs on the {machine.gpus[0].name}" if machine.num_gpus else "device=cuda was asked for"
-    if machine.num_gpus:
-        return "device=cpu was asked for"
-    if machine.gpus:
-        return f"torch {machine.torch_version} cannot use the {machine.gpus[0].name}, so the jobs run on the CPU"
-    return "this machine has no NVIDIA GPU, so the jobs run on its CPU"
+    return "the job runs on the CPU"

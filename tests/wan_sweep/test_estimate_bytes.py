@@ -11,7 +11,7 @@ from wan21.dit.block import Block
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
 from wan_sweep.allocator import Settings
-from wan_sweep.estimate.cards import Card, card_named
+from wan_sweep.cards import Card, card_named
 from wan_sweep.estimate.dry_run import Simulation
 from wan_sweep.units import MIB
 

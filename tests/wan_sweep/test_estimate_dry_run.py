@@ -9,7 +9,7 @@ from wan21.weights.load import materialize
 from wan21.weights.random import RandomWeights
 from wan_sweep.allocator import Settings
 from wan_sweep.allocator.rules import SMALL_SEGMENT_BYTES
-from wan_sweep.estimate.cards import card_named
+from wan_sweep.cards import card_named
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.estimate.fake_device import STAND_IN
 from wan_sweep.estimate.memory import Event, Take

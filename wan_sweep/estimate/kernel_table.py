@@ -6,7 +6,7 @@ from it is a guess.
 
 from dataclasses import dataclass
 
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 from wan_sweep.units import MIB
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import Basis
 

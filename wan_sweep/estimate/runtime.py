@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wan21.runtime import Mark, Memory, Runtime, Stream
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wan21.runtime import Mark, Memory, Runtime, Stream
-from wan21.vae.plan import DecodePlan
+from wan21.vae.plan import DecodePlan, Tile
 from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
@@ -18,8 +18,8 @@ from wan_sweep.estimate.replay import Replays
 
 P = TypeVar("P")
 
-FIRST_FRAMES = 4
-"""One, which gives one frame; one, whose layers see it; and two, between which the layers' pasts have settled."""
+FIRST_FRAMES = 3
+"""One, which gives one frame; one, whose layers see it; and one, for which the layers' pasts are as long as ever."""
 
 
 class _Generator(torch.Generator):
@@ -60,12 +60,27 @@ class _Stream(Stream):
         """Nothing takes time here."""
 
 
-class FewFrames(DecodePlan):
-    """A plan that goes through the first latent frames and the last one; those between allocate what the third does."""
+class Shortened(DecodePlan):
+    """A plan that goes through a tile of each kind, the first latent frames of it and the last one.
+
+    Frames between allocate what the third does, and tiles of one kind all the same.
+    """
 
     def latent_frames(self, num_frames: int) -> Iterable[int]:
         first = range(min(num_frames, FIRST_FRAMES))
         return first if num_frames <= FIRST_FRAMES else (*first, num_frames - 1)
+
+    def tiles(self, every: Iterable[Tile]) -> Iterable[Tile]:
+        seen = set()
+        for tile in every:
+            crops, layers = tile.crops(), tile.rows.windows
+            kind = (
+                *(len(side) for side in (tile.rows.features, tile.cols.features, tile.rows.pixels, tile.cols.pixels)),
+                *(str(crops.of(layer)) for layer in layers),
+            )
+            if kind not in seen:
+                seen.add(kind)
+                yield tile
 
 
 class EstimatingRuntime(Runtime):
@@ -146,7 +161,7 @@ class EstimatingRuntime(Runtime):
     def as_decoded(self, plan: P) -> P:
         if not self._replays.is_on or not isinstance(plan, DecodePlan):
             return plan
-        shortened = FewFrames(
+        shortened = Shortened(
             num_tile_rows=plan.num_tile_rows, num_tile_cols=plan.num_tile_cols, frames_at_once=plan.frames_at_once
         )
         return cast("P", shortened)

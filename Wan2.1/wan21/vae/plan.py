@@ -84,6 +84,10 @@ class DecodePlan:
         """Which latent frames are gone through, in order: all of them, unless memory is all that is asked for."""
         return range(num_frames)
 
+    def tiles(self, every: Iterable["Tile"]) -> Iterable["Tile"]:
+        """Which tiles are gone through, in order: likewise."""
+        return every
+
 
 WHOLE = DecodePlan()
 

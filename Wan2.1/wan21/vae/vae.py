@@ -213,7 +213,7 @@ class Vae(nn.Module):
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
         features = self._low_of_all(z, plan) if plan.num_tiles > 1 else None
-        for tile in wanted:
+        for tile in plan.tiles(wanted):
             if features is None:
                 past, chunks = Past(), self._low(z, plan)
             else:

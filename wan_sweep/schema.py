@@ -142,6 +142,14 @@ class Job:
             above=0,
         ),
     ] = None
+    vram_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="Take the fastest configuration that is estimated to fit into so many GiB; null takes the knobs as "
+            "they are.",
+            above=0,
+        ),
+    ] = None
     size: Annotated[str | None, Rule(meaning="WIDTH*HEIGHT in pixels; null is the model's default.")] = None
     frame_num: Annotated[int | None, Rule(meaning="Frames, of the form 4n+1; null is the model's default.")] = None
     prompt: Annotated[str | None, Rule(meaning="What to show; null is a built-in example.")] = None

@@ -100,7 +100,11 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
             "card_bytes": card.device_bytes,
             "room_bytes": room.num_bytes,
             "confidence": confidence,
-            "kernels": {**asdict(row), "is_measured": is_measured},
+            "kernels": {
+                **{name: value for name, value in row.to_json().items() if name != "convolutions"},
+                "num_convolutions": len(row.convolutions),
+                "is_measured": is_measured,
+            },
             "allocator": {**asdict(settings), "roundup_divisions": list(settings.roundup_divisions)},
             "seconds": time.perf_counter() - started,
         },

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from wan_sweep.allocator import settings_of
 from wan_sweep.cards import card_named
 from wan_sweep.schema import Job
 from wan_sweep.store import JOB_FILE, read_json, write_json
@@ -21,7 +22,8 @@ def main(arguments: list[str]) -> int:
     from wan_sweep.estimate.predict import estimate
 
     folder, card = Path(arguments[0]), card_named(arguments[1])
-    result = estimate(Job.from_dict(read_json(folder / JOB_FILE)["knobs"]), card)
+    settings, _ = settings_of(os.environ)
+    result = estimate(Job.from_dict(read_json(folder / JOB_FILE)["knobs"]), card, settings)
     write_json(folder / ESTIMATE_FILE, result)
     return EXIT_CODES[result["outcome"]]
 

@@ -133,19 +133,19 @@ class Search:
             if not choice.excess:
                 return choice
             if any(phase in choice.excess for phase in _OF_DENOISING):
-                denoise = self._next(steps.denoise, denoise, choice)
+                denoise = self._next(steps.denoise, denoise, choice, _OF_DENOISING)
                 while "denoise" not in choice.excess and denoise < len(steps.denoise):
                     here = steps.denoise[denoise]  # slices do not help where T5 or a load is what does not fit
                     if "attention_slicing" not in here:
                         break
                     denoise += 1
             if "decode" in choice.excess:
-                decode = self._next(steps.decode, decode, choice)
+                decode = self._next(steps.decode, decode, choice, ("decode",))
         return None
 
-    def _next(self, rungs: Sequence[Knobs], index: int, choice: Choice) -> int:
+    def _next(self, rungs: Sequence[Knobs], index: int, choice: Choice, phases: Sequence[str]) -> int:
         """The next rung that may fit: one that keeps so many GiB less on the card as there are too many."""
-        excess = max((need - self._room_bytes for need in choice.excess.values()), default=0)
+        excess = max(need - self._room_bytes for phase, need in choice.excess.items() if phase in phases)
         here = rungs[index]
         for number in range(index + 1, len(rungs)):
             there = rungs[number]

@@ -31,16 +31,13 @@ WORKLOADS = tuple(
 def convolution_shapes() -> list[dict[str, Any]]:
     """Every distinct convolution of the workloads, as `kernels.describe` has it."""
     from wan_sweep.allocator import Settings
-    from wan_sweep.environment import Machine
     from wan_sweep.estimate.dry_run import Simulation, dry_run
     from wan_sweep.estimate.kernels import heard_convolutions
-    from wan_sweep.rules import resolve
 
     card = CARDS[DEFAULT_CARD]
     with heard_convolutions() as heard:
         for knobs in WORKLOADS:
-            asked = Job(mode="estimate", offload=True, load_strategy="part", sample_steps=1).replace(**knobs)
-            job = resolve(asked, Machine()).job
+            job = Job(device="cuda", offload=True, load_strategy="part", sample_steps=1).replace(**knobs)
             dry_run(job, Simulation(card, Settings()))
     return list(heard.values())
 

@@ -75,7 +75,9 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
         has_triton = job.mode == "estimate" or (is_cuda and "triton" in machine.packages)
         job = job.replace(kernels="fused" if has_triton and job.device == "cuda" else "torch")
     if job.attention_kernel == AUTO:
-        has_fa3 = job.mode != "estimate" and is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
+        has_fa3 = (
+            job.mode != "estimate" and is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
+        )
         job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
     return job
 

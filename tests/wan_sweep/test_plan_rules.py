@@ -186,6 +186,9 @@ def test_the_best_kernels_that_are_there_are_taken_where_the_job_leaves_the_choi
 
 def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> None:
     machine = Machine(packages=frozenset({"triton"}))
-    job = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
+    job = resolve(Job(kernels="auto", attention_kernel="auto", device="cpu"), machine).job
     assert (job.kernels, job.attention_kernel) == ("torch", "sdpa")
-    assert "choose kernels=torch" in resolve(Job(kernels="fused"), machine).refusal
+    estimated = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
+    assert (estimated.kernels, estimated.attention_kernel) == ("fused", "sdpa")
+    assert "is in no table" in resolve(Job(attention_kernel="fa3", precision="bf16"), machine).refusal
+    assert "choose kernels=torch" in resolve(Job(kernels="fused", device="cpu"), machine).refusal

@@ -92,7 +92,10 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
             for name, values in run.series.items()
             if name != "step/seconds"
         },
-        "warnings": run.warnings + _doubts(job, card) + _near_misses(ending, metrics, confidence, room),
+        "warnings": run.warnings
+        + _doubts(job, card)
+        + _strangers(simulation.memory.unknown_operations)
+        + _near_misses(ending, metrics, confidence, room),
         "idle_knobs": idle_knobs(options, job.device),
         "peaks": _peaks(moments),
         "estimate": {
@@ -170,6 +173,17 @@ def _near_misses(
             }
         ]
     return []
+
+
+def _strangers(operations: set[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "code": "custom_kernel",
+            "text": f"{operation} is a kernel that no table knows: its results are counted, and no workspace",
+            "advice": "measure a run with it, or choose torch's own kernels",
+        }
+        for operation in sorted(operations)
+    ]
 
 
 def _doubts(job: Job, card: Card) -> list[dict[str, str]]:

@@ -255,7 +255,9 @@ class Job:
         ),
     ] = "warn"
     save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
-    plan: Annotated[bool, Rule(meaning="List the jobs and stop.", in_key=False, per_sweep=True)] = False
+    plan: Annotated[
+        bool, Rule(meaning="List the jobs, estimate those for a card, and stop.", in_key=False, per_sweep=True)
+    ] = False
 
     def to_dict(self) -> dict[str, Scalar]:
         """Knobs by name."""

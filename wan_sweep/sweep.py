@@ -21,6 +21,7 @@ from wan_sweep.checks import run_checks
 from wan_sweep.convert import Candidate
 from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
+from wan_sweep.foresight import print_estimates
 from wan_sweep.launch import WORKER
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
 from wan_sweep.preview import print_plan
@@ -119,6 +120,7 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
     except OSError as error:
         raise FolderError(f"{folder / PLAN_FILE} cannot be written: {error.strerror or error}") from error
     if sample.plan:
+        print_estimates(plan, machine, console)
         console.print(Text(f"Only planned (plan=true): {folder / PLAN_FILE}"), soft_wrap=True)
         sys.exit(0)
     tracker = _open_tracker(sample) if sample.track else None

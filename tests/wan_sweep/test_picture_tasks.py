@@ -11,8 +11,8 @@ from PIL import Image
 
 from wan_sweep.allocator import Settings
 from wan_sweep.build import build_request
+from wan_sweep.cards import card_named
 from wan_sweep.environment import Gpu, Machine
-from wan_sweep.estimate.cards import card_named
 from wan_sweep.estimate.dry_run import Simulation, dry_run
 from wan_sweep.record import Record, load_records
 from wan_sweep.rules import resolve

@@ -19,7 +19,7 @@ from wan_sweep.rules import resolve
 from wan_sweep.schema import Job, Scalar, job_key
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-QUICK = ("-m", "size=96*64", "frame_num=5", "sample_steps=1", "track=false", "fidelity=false")
+QUICK = ("-m", "device=cpu", "size=96*64", "frame_num=5", "sample_steps=1", "track=false", "fidelity=false")
 MACHINE = Machine(gpus=(Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0),), torch_version="2.13.0")
 H100 = card_named("H100-80GB")
 

@@ -38,6 +38,8 @@ class Record:
             `problem` if the original was kept; None where no extension was asked for.
         passes: Extra runs of the job by name: `outcome`, `reason`, `seconds`, and what they left.
         checks: The environment checks before the sweep, as `checks.Check.to_dict` gives them.
+        estimate: Of a job that was estimated: the card, how sure each peak is, and which tables it rests on; as
+            `estimate.predict.estimate` gives them. Records from before there were estimates lack it.
     """
 
     key: str
@@ -70,6 +72,7 @@ class Record:
     prompt_extension: Mapping[str, str] | None = None
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: list[Mapping[str, str]] = field(default_factory=list)
+    estimate: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the file."""
@@ -135,7 +138,7 @@ _PLAIN = (
 )
 
 # Came after the first records of this schema version, which are read without them.
-_LATER = ("sources", "prompt_extension")
+_LATER = ("sources", "prompt_extension", "estimate")
 
 
 def load_record(path: Path) -> Record:

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type
 
 from wan21.config import MODELS, AttentionKernel, Kernels, LoadStrategy, Precision, Solver
 from wan21.prompt.settings import Language, Method
+from wan_sweep.cards import CARDS, DEFAULT_CARD
 
 Scalar = str | int | float | bool | None
 
-Mode = Literal["auto", "measure"]
+Mode = Literal["auto", "measure", "estimate"]
 Device = Literal["auto", "cuda", "cpu"]
 ForeignProcesses = Literal["warn", "refuse", "wait"]
 
@@ -52,7 +53,7 @@ class Job:
     model: Annotated[
         str,
         Rule(
-            meaning="Task and architecture; auto is t2v-1.3B where there is an NVIDIA GPU, else tiny on the CPU.",
+            meaning="Task and architecture; auto is t2v-1.3B, and tiny where a job is measured on a CPU.",
             choices=(AUTO, *MODELS),
         ),
     ] = AUTO
@@ -61,7 +62,19 @@ class Job:
         Rule(meaning="Official checkpoint folder; null takes seeded random weights of the same shapes and dtypes."),
     ] = None
     weights_seed: Annotated[int, Rule(meaning="Seed of the random weights.", at_least=0)] = 0
-    mode: Annotated[Mode, Rule(meaning="How to get the numbers; auto measures.")] = "auto"
+    mode: Annotated[
+        Mode,
+        Rule(
+            meaning="How to get the numbers; auto measures on a GPU or with device=cpu, else it estimates for a card."
+        ),
+    ] = "auto"
+    card: Annotated[
+        str | None,
+        Rule(
+            meaning=f"Card to estimate for; null is the GPU here if it is one of these, else {DEFAULT_CARD}.",
+            choices=tuple(CARDS),
+        ),
+    ] = None
     device: Annotated[Device, Rule(meaning="Where to measure; auto takes the GPU if there is one.")] = "auto"
     precision: Annotated[Precision, Rule(meaning="Weights and compute of the DiT.")] = "fp16"
     t5_precision: Annotated[Precision, Rule(meaning="Weights and compute of the text encoder.")] = "bf16"
@@ -126,6 +139,14 @@ class Job:
         float | None,
         Rule(
             meaning="Play a smaller card: limit of the device allocator, on a CPU of the worker's data; null is none.",
+            above=0,
+        ),
+    ] = None
+    vram_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="Take the fastest configuration that is estimated to fit into so many GiB; null takes the knobs as "
+            "they are.",
             above=0,
         ),
     ] = None
@@ -247,7 +268,9 @@ class Job:
         ),
     ] = "warn"
     save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
-    plan: Annotated[bool, Rule(meaning="List the jobs and stop.", in_key=False, per_sweep=True)] = False
+    plan: Annotated[
+        bool, Rule(meaning="List the jobs, estimate those for a card, and stop.", in_key=False, per_sweep=True)
+    ] = False
 
     def to_dict(self) -> dict[str, Scalar]:
         """Knobs by name."""

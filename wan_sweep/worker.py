@@ -1,8 +1,9 @@
-"""The child process that runs one pass of a job: `python -m wan_sweep.worker JOB_FOLDER [measure|attribution|trace]`.
+"""The child process that runs one pass of a job: `python -m wan_sweep.worker JOB_FOLDER [PASS]`.
 
 It reads job.json, runs the pipeline with the pass's listener, and leaves the files of the pass (`store.PASSES`): events
-as they happen, and a result at the end, also when the end is bad. Only the pass "measure" gives numbers; the others run
-the same pipeline again so that what they record costs the numbers nothing. It knows neither Hydra nor MLflow.
+as they happen, and a result at the end, also when the end is bad. The pass "measure" gives the numbers, or "estimate"
+where nothing shall run; the others run the same pipeline again so that what they record costs the numbers nothing. It
+knows neither Hydra nor MLflow.
 Exit codes: 0 ok, 3 out of memory, 1 anything else.
 """
 
@@ -25,7 +26,18 @@ from wan_sweep.extension import extend, extension_warnings
 from wan_sweep.measure.failure import explain
 from wan_sweep.nvml import ProcessMemory
 from wan_sweep.schema import Job
-from wan_sweep.store import ATTRIBUTION, JOB_FILE, MEASURE, PASSES, SNAPSHOT_FILE, TRACE, Pass, read_json, write_json
+from wan_sweep.store import (
+    ATTRIBUTION,
+    ESTIMATE,
+    JOB_FILE,
+    MEASURE,
+    PASSES,
+    SNAPSHOT_FILE,
+    TRACE,
+    Pass,
+    read_json,
+    write_json,
+)
 from wan_sweep.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -334,8 +346,17 @@ def trace(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str,
     return {"outcome": outcome["outcome"], "reason": outcome["reason"], "folder": str(where), **tracer.result()}
 
 
+def estimate(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    """The pass that takes the measuring one's place where no GPU is needed: the same numbers from a model."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch comes: it would start a context that nobody uses
+    from wan_sweep.estimate.job import estimate_job
+
+    return estimate_job(folder, Job.from_dict(assignment["knobs"]), EventFile(events))
+
+
 RUN: dict[str, Callable[[Path, dict[str, Any], TextIO], dict[str, Any]]] = {
     MEASURE.name: measure,
+    ESTIMATE.name: estimate,
     ATTRIBUTION.name: attribute,
     TRACE.name: trace,
 }

@@ -343,7 +343,7 @@ class TextToVideo:
                 vae = self._vae.module
                 for index, latent in enumerate(latents):
                     with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
-                        plan = self._decode_plan(vae, latent.shape)
+                        plan = self._runtime.as_decoded(self._decode_plan(vae, latent.shape))
                         videos.append(decode(vae, latent, plan, self._world, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]
 

@@ -53,7 +53,7 @@ def test_every_outcome_is_a_record_and_the_others_go_on(fake_sweep: Command, tmp
 
 
 def test_a_job_folder_holds_what_the_job_was(fake_sweep: Command, tmp_path: Path) -> None:
-    done = fake_sweep("prompt=ok", "precision=bf16")
+    done = fake_sweep("prompt=ok", "device=cpu", "precision=bf16")
     assert done.returncode == 0, done.stderr
     folder = sweeps(tmp_path)[0] / "1_tiny"
     assert {"job.json", "config.yaml", "record.json", "events.jsonl", "measurement.json", "log.txt"} == {
@@ -96,7 +96,7 @@ def test_repeats_run_round_by_round(fake_sweep: Command, tmp_path: Path) -> None
 
 
 def test_a_duplicate_runs_once(fake_sweep: Command, tmp_path: Path) -> None:
-    done = fake_sweep("-m", "prompt=ok", "sample_steps=4,null")
+    done = fake_sweep("-m", "prompt=ok", "device=cpu", "sample_steps=4,null")
     assert done.returncode == 0, done.stderr
     assert outcomes(load_records(sweeps(tmp_path)[0])) == [(1, "ok")]
 

@@ -9,7 +9,7 @@ from wan21.weights.load import materialize
 from wan21.weights.random import RandomWeights
 from wan_sweep.allocator import Settings
 from wan_sweep.allocator.rules import SMALL_SEGMENT_BYTES
-from wan_sweep.estimate.cards import card_named
+from wan_sweep.cards import card_named
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.estimate.fake_device import STAND_IN
 from wan_sweep.estimate.memory import Event, Take
@@ -19,6 +19,7 @@ from wan_sweep.schema import Job
 H100 = card_named("H100-80GB")
 TINY = Job(model="tiny", device="cuda")
 JOBS = {
+    "tiled": TINY.replace(size="256*160", frame_num=25, vae_budget_gib=0.01, offload=True, sample_steps=1),
     "streamed": TINY.replace(load_strategy="block", offload=True, attention_slicing=True, precision="fp32"),
     "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
 }

@@ -86,6 +86,7 @@ def test_the_file_has_the_documented_shape() -> None:
         "passes",
         "checks",
         "prompt_extension",
+        "estimate",
     } == set(values)
 
 
@@ -93,6 +94,12 @@ def test_records_come_by_number(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         write_record(tmp_path / f"{number}_x", replace(RECORD, number=number))
     assert [record.number for record in load_records(tmp_path)] == [1, 2, 10]
+
+
+def test_a_record_from_before_there_were_estimates_is_read() -> None:
+    values = RECORD.to_json()
+    del values["estimate"]
+    assert Record.from_json(values) == RECORD
 
 
 def test_another_schema_version_is_refused_by_file(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from wan_sweep.estimate.cards import card_named
 
 from wan21.frames import save_image, save_video
 from wan_sweep.allocator import Settings
 from wan_sweep.build import build_request
 from wan_sweep.environment import Gpu, Machine
-from wan_sweep.estimate.cards import card_named
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.record import load_records
 from wan_sweep.rules import resolve

@@ -42,7 +42,7 @@ hand on is 1.6 GB at 832 x 480 (for 81 frames, two rows of the input of each con
 have to live on the host and travel there and back for each band. Halos are the simpler bargain.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,6 +79,14 @@ class DecodePlan:
     def num_tiles(self) -> int:
         """All of them."""
         return self.num_tile_rows * self.num_tile_cols
+
+    def latent_frames(self, num_frames: int) -> Iterable[int]:
+        """Which latent frames are gone through, in order: all of them, unless memory is all that is asked for."""
+        return range(num_frames)
+
+    def tiles(self, every: Iterable["Tile"]) -> Iterable["Tile"]:
+        """Which tiles are gone through, in order: likewise."""
+        return every
 
 
 WHOLE = DecodePlan()

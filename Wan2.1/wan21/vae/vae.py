@@ -187,16 +187,16 @@ class Vae(nn.Module):
             return
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
-        features = self._low_of_all(z) if plan.num_tiles > 1 else None
-        for tile in wanted:
+        features = self._low_of_all(z, plan) if plan.num_tiles > 1 else None
+        for tile in plan.tiles(wanted):
             if features is None:
-                past, chunks = Past(), self._low(z)
+                past, chunks = Past(), self._low(z, plan)
             else:
                 past = Past(tile.crops())
                 part = features[..., tile.rows.features.as_slice(), tile.cols.features.as_slice()]
                 chunks = iter(part.split(1, dim=2))
             start = 0
-            for i in range(t):
+            for i in plan.latent_frames(t):
                 past.is_first, past.is_last = i == 0, i == t - 1
                 stop = start + (1 if i == 0 else self.temporal_stride)
                 # Not named, here and in the decoder: a name would keep its value alive beside what follows from it.
@@ -258,18 +258,18 @@ class Vae(nn.Module):
                 part[:, :, i : i + 1] = next(of_tile)
         return features
 
-    def _low(self, z: Tensor) -> Iterator[Tensor]:
+    def _low(self, z: Tensor, plan: DecodePlan) -> Iterator[Tensor]:
         """The low part's result for each latent frame of z [B, C, t, h, w]: t times [B, C', 1, h, w]."""
         past = Past()
-        for i in range(z.shape[2]):
+        for i in plan.latent_frames(z.shape[2]):
             past.is_first, past.is_last = i == 0, i == z.shape[2] - 1
             yield self.decoder.low(z[:, :, i : i + 1], past)
 
-    def _low_of_all(self, z: Tensor) -> Tensor:
+    def _low_of_all(self, z: Tensor, plan: DecodePlan) -> Tensor:
         """The same in one tensor, [B, C', t, h, w], channels last."""
         shape = (z.shape[0], self.decoder.low_dim, *z.shape[2:])
         features = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last_3d)
-        for i, frame in enumerate(self._low(z)):
+        for i, frame in zip(plan.latent_frames(z.shape[2]), self._low(z, plan), strict=True):
             features[:, :, i : i + 1] = frame
             del frame  # or it would stand beside the next one
         return features

@@ -261,9 +261,10 @@ GOALS = (
     *_fastest(LARGE, cudnn=11.1, fa3=9.9, fp32=4.6, bf16=2.8),
     Goal(preset="fastest_fp8", workload=LARGE, figure=FORWARD, at_most=8.0),
 )
-"""Set on 2026-11-23 for one H100, 81 frames, bfloat16 and exact attention, from the best that was measured on it side by
-side: less than half of the least memory (2.49 GiB for the smallest workload, 8.56 for the largest: diffusers with group
-offload and tiles), and a forward that is shorter than the shortest (0.535 and 11.3 s: diffusers with compiled blocks)."""
+"""Set on 2026-11-23 for one H100, 81 frames, bfloat16 and exact attention, from the best that was measured on it side
+by side: less than half of the least memory (2.49 GiB for the smallest workload, 8.56 for the largest: diffusers with
+group offload and tiles), and a forward that is shorter than the shortest (0.535 and 11.3 s: diffusers with compiled
+blocks)."""
 
 
 def least(figure: Figure, line: Line, lines: Sequence[Line]) -> float | None:

@@ -42,7 +42,7 @@ from wan_sweep.units import format_gib
 
 NOTHING = "-"
 NOTES = f"""\
-- A forward is the median step, the first left out, divided by its passes. Decode is the whole phase: frames on the host.
+- A forward is the median step, the first left out, divided by its passes. Decode is the whole phase, to the host.
 - "x least": against the shortest of the same workload and allocator here; for decode with the VAE in the same format.
 - Limits ({HARDWARE}, bf16): each kind of kernel at the highest rate that was measured for it there; for decode
   cuDNN's convolutions over whole frames. scripts/record_goals.py holds the rates.

@@ -112,7 +112,7 @@ def test_both_sides_run_on_a_cpu_and_are_compared(
 ) -> None:
     pytest.importorskip("diffusers")
     arguments = ["--size", "96*64", "--frame-num", "1", "--steps", "2", "--device", "cpu"]
-    arguments += ["--setups", "lowest_memory", "diffusers/group_offload_tiled"]
+    arguments += ["--setups", "lowest_memory", "diffusers/gpu"]
     done = subprocess.run(
         [sys.executable, str(repository / "scripts/bench_peers.py"), *arguments],
         cwd=tmp_path,
@@ -124,7 +124,7 @@ def test_both_sides_run_on_a_cpu_and_are_compared(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    ours, theirs = (told["results"][name] for name in ("lowest_memory", "diffusers/group_offload_tiled"))
+    ours, theirs = (told["results"][name] for name in ("lowest_memory", "diffusers/gpu"))
     assert (ours["outcome"], theirs["outcome"]) == ("ok", "ok")
     # All weights of theirs are there at once on a CPU, in bfloat16, and something to compute with besides.
     assert theirs["allocated_bytes"] > 2 * 8192 * 256

@@ -126,8 +126,8 @@ def _check_mode(job: Job) -> None:
         )
     if job.use_prompt_extend:
         raise UsageError(
-            "use_prompt_extend=true cannot be estimated: the language model is not gone through; choose false, for what "
-            "the video's own phases take does not depend on it"
+            "use_prompt_extend=true cannot be estimated: the language model is not gone through; choose false, which "
+            "changes nothing of what the video's own phases take"
         )
     for name in ("profile_memory", "snapshot", "trace"):
         if getattr(job, name):

@@ -273,8 +273,7 @@ def bench_decodes(runtime: Runtime) -> None:
     """Whole videos, both ways, with peaks and the largest difference to the plain way."""
     for name, dtype in DTYPES.items():
         started = time.perf_counter()
-        warm_up(WAN_VAE, dtype, runtime.device)
-        runtime.synchronize()
+        warm_up(WAN_VAE, dtype, runtime)
         print(f"{name}: kernels compiled in {format_seconds(time.perf_counter() - started)}", flush=True)
     head = f"{'seconds':>9}{'allocated':>10}{'reserved':>10} GiB"
     print(f"\n{'81 frames':<36}{head}   difference to torch in the first 9: largest, mean")

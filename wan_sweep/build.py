@@ -3,7 +3,8 @@
 from typing import Literal, cast
 
 from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
-from wan21.sources import Sources
+from wan21.prompt.settings import PromptExtension, make_prompt_extension
+from wan21.sources import Sources, frame_sources
 from wan_sweep.schema import Job
 
 
@@ -31,13 +32,38 @@ def build_request(job: Job) -> Request:
         batch_size=job.batch_size,
         micro_batch_size=job.micro_batch_size,
         sources=build_sources(job),
+        vace_context_scale=job.vace_context_scale,
         upstream_quirks=job.upstream_quirks,
     )
 
 
 def build_sources(job: Job) -> Sources:
     """The files to make it from."""
-    return Sources(image=job.image, first_frame=job.first_frame, last_frame=job.last_frame)
+    return Sources(
+        image=job.image,
+        first_frame=job.first_frame,
+        last_frame=job.last_frame,
+        src_video=job.src_video,
+        src_mask=job.src_mask,
+        src_ref_images=tuple(filter(None, (job.src_ref_images or "").split(","))),
+    )
+
+
+def build_extension(job: Job) -> PromptExtension | None:
+    """Who extends the prompt; None where nobody does.
+
+    Raises:
+        UsageError: an impossible value, or no key for the service.
+        MissingPackageError: a local model without the package that runs it.
+    """
+    if not job.use_prompt_extend:
+        return None
+    return make_prompt_extension(
+        method=job.prompt_extend_method,
+        model=job.prompt_extend_model,
+        target_lang=job.prompt_extend_target_lang,
+        has_pictures=bool(frame_sources(build_spec(job))),
+    )
 
 
 def build_options(job: Job) -> Options:

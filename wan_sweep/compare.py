@@ -40,12 +40,13 @@ class References:
             record: Of a job that was measured, now or in an earlier sweep.
             folder: Where its outputs lie.
         """
-        reference = next((one for one in self._known if not comparable(record.knobs, one.knobs)), None)
+        knobs = _with_extended_prompt(record)
+        reference = next((one for one in self._known if not comparable(knobs, one.knobs)), None)
         has_outputs = (folder / FRAMES_FILE).exists() and (folder / LATENTS_FILE).exists()
         if reference is None:
             if not has_outputs:
                 return _without(record, "its output was not kept, as there was nothing to compare it with")
-            self._known.append(Reference(name=record.name, folder=folder, knobs=record.knobs))
+            self._known.append(Reference(name=record.name, folder=folder, knobs=knobs))
             told = {"reference": record.name, "reference_folder": str(folder), "reason": "is the reference itself"}
             return replace(_without(record, ""), fidelity=told)
         if not has_outputs:
@@ -58,6 +59,12 @@ class References:
             remove_frames(folder)
         metrics = {name: value for name, value in record.metrics.items() if not name.startswith(_PREFIX)}
         return replace(record, metrics={**metrics, **numbers}, fidelity=told)
+
+
+def _with_extended_prompt(record: Record) -> Mapping[str, Scalar]:
+    """The knobs with the prompt that the video was made from, which another model or a failure may have changed."""
+    told = record.prompt_extension
+    return record.knobs if told is None else {**record.knobs, "prompt": told["prompt"]}
 
 
 def _without(record: Record, reason: str) -> Record:

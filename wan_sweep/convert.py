@@ -99,7 +99,7 @@ def job_of(config: DictConfig) -> Job:
     return _with_paths(Job(**checked))
 
 
-PATHS = ("output_root", "ckpt_dir", "image", "first_frame", "last_frame")
+PATHS = ("output_root", "ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask")
 """Knobs that are paths, from the folder of the start."""
 
 
@@ -110,7 +110,13 @@ def _with_paths(job: Job) -> Job:
         raise UsageError(f"output_root={job.output_root} was not expanded by the shell; write output_root=$HOME/...")
     # A worker runs in a folder of its own.
     given = {name: getattr(job, name) for name in PATHS if getattr(job, name) is not None}
-    return job.replace(**{name: str(Path(path).absolute()) for name, path in given.items()})
+    model = job.prompt_extend_model
+    if model and (model.startswith(".") or Path(model).is_dir()) and job.prompt_extend_method == "local_qwen":
+        given["prompt_extend_model"] = model
+    absolute = {name: str(Path(path).absolute()) for name, path in given.items()}
+    if job.src_ref_images is not None:
+        absolute["src_ref_images"] = ",".join(str(Path(path).absolute()) for path in job.src_ref_images.split(","))
+    return job.replace(**absolute)
 
 
 def repeat_of(config: DictConfig) -> int:

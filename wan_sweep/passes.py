@@ -10,7 +10,7 @@ from wan_sweep.launch import Event, Limits, Result, launch
 from wan_sweep.memory_events import write_memory_events
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.schema import Job
-from wan_sweep.store import ATTRIBUTION, CONFIG_FILE, JOB_FILE, MEASURE, TRACE, Pass, write_config, write_json
+from wan_sweep.store import ATTRIBUTION, CONFIG_FILE, ESTIMATE, JOB_FILE, MEASURE, TRACE, Pass, write_config, write_json
 
 JOB_SCHEMA_VERSION = 2
 
@@ -19,6 +19,8 @@ _PEAK = "memory/peak/allocated_bytes"
 
 def extra_passes(job: Job, measured: Result) -> list[Pass]:
     """What else to run: who fills the device, if asked for or if it was full; a trace, if asked for."""
+    if job.mode == "estimate":
+        return []
     passes = []
     was_full = measured.outcome == "oom" and bool(measured.measurement)
     if was_full or (measured.outcome == "ok" and (job.profile_memory or job.snapshot)):
@@ -41,13 +43,13 @@ class Passes:
         self._on_event = on_event
 
     def measure(self, entry: PlannedJob, command: Sequence[str]) -> Result:
-        """The pass that gives the numbers, and the document of its events."""
+        """The pass that gives the numbers, measured or estimated, and the document of its events."""
         folder = self._plan.folder / entry.name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / JOB_FILE, self._assignment(entry))
             write_config(folder / CONFIG_FILE, entry.job.to_dict())
-            result = self._start(entry, MEASURE, command)
+            result = self._start(entry, ESTIMATE if entry.job.mode == "estimate" else MEASURE, command)
         except OSError as error:
             reason = f"the job could not be started: {error}; see that {folder} can be written and has space"
             return Result(outcome="failed", reason=reason, failure={"kind": "folder", "where": str(folder)})
@@ -87,7 +89,7 @@ class Passes:
             limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
             on_event=self._on_event,
             command=command,
-            uses_gpu=job.device == "cuda",
+            uses_gpu=job.device == "cuda" and job.mode == "measure",
             one=one,
         )
 

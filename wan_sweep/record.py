@@ -34,8 +34,12 @@ class Record:
         series: Numbers by step.
         measured_in: Folder of the job from which the numbers were taken over, if they were.
         fidelity: Which job its output was compared with: `reference`, `reference_folder`, and `reason` if it was not.
+        prompt_extension: `prompt` (what the video was made from), `original`, `method`, `model`, `target_lang`, and
+            `problem` if the original was kept; None where no extension was asked for.
         passes: Extra runs of the job by name: `outcome`, `reason`, `seconds`, and what they left.
         checks: The environment checks before the sweep, as `checks.Check.to_dict` gives them.
+        estimate: Of a job that was estimated: the card, how sure each peak is, and which tables it rests on; as
+            `estimate.predict.estimate` gives them. Records from before there were estimates lack it.
     """
 
     key: str
@@ -65,8 +69,10 @@ class Record:
     idle_knobs: Mapping[str, str] = field(default_factory=dict)
     measured_in: str | None = None
     fidelity: Mapping[str, str] | None = None
+    prompt_extension: Mapping[str, str] | None = None
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: list[Mapping[str, str]] = field(default_factory=list)
+    estimate: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the file."""
@@ -74,7 +80,7 @@ class Record:
             "schema_version": SCHEMA_VERSION,
             "job": {"key": self.key, "number": self.number, "name": self.name, "repeat": self.repeat},
             "sweep": {"name": self.sweep_name, "id": self.sweep_id, "folder": self.sweep_folder},
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in (*_PLAIN, *_LATER)},
         }
 
     @classmethod
@@ -100,8 +106,8 @@ class Record:
                 sweep_name=sweep["name"],
                 sweep_id=sweep["id"],
                 sweep_folder=sweep["folder"],
-                sources=values.get("sources", ""),  # older records have none
-                **{name: values[name] for name in _PLAIN if name != "sources"},
+                **{name: values[name] for name in _PLAIN},
+                **{name: values[name] for name in _LATER if name in values},
             )
         except (KeyError, TypeError) as error:
             raise RecordError(f"the record is incomplete: {error} is missing or of another type") from error
@@ -120,7 +126,6 @@ _PLAIN = (
     "code_version",
     "environment",
     "weights",
-    "sources",
     "metrics",
     "series",
     "ranks",
@@ -131,6 +136,9 @@ _PLAIN = (
     "passes",
     "checks",
 )
+
+# Came after the first records of this schema version, which are read without them.
+_LATER = ("sources", "prompt_extension", "estimate")
 
 
 def load_record(path: Path) -> Record:

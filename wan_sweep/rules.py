@@ -7,12 +7,13 @@ from pathlib import Path
 
 from wan21.config import ModelSpec, check_device, model_spec
 from wan21.errors import WanError
-from wan_sweep.build import build_options, build_request
+from wan_sweep.build import build_extension, build_options, build_request
+from wan_sweep.cards import DEFAULT_CARD, card_like
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
-from wan_sweep.schema import AUTO, Job
+from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
 
-GPU_DEFAULT_MODEL = "t2v-1.3B"
+DEFAULT_MODEL = "t2v-1.3B"
 CPU_DEFAULT_MODEL = "tiny"
 
 
@@ -34,22 +35,30 @@ class Resolved:
 
 def resolve(job: Job, machine: Machine) -> Resolved:
     """What the job is on this machine, or why it cannot be."""
-    device = ("cuda" if machine.num_gpus else "cpu") if job.device == AUTO else job.device
-    model = (GPU_DEFAULT_MODEL if device == "cuda" else CPU_DEFAULT_MODEL) if job.model == AUTO else job.model
-    job = _with_kernels(job.replace(model=model, device=device, mode="measure"), machine)
+    mode = mode_of(job, machine)
+    is_estimate = mode == "estimate"
+    device = job.device
+    if device == AUTO:
+        device = "cuda" if is_estimate or machine.num_gpus else "cpu"
+    model = (DEFAULT_MODEL if device == "cuda" else CPU_DEFAULT_MODEL) if job.model == AUTO else job.model
+    job = job.replace(model=model, device=device, mode=mode, card=card_of(job, machine) if is_estimate else job.card)
+    job = _with_kernels(job, machine)
     try:
+        _check_mode(job)
         request = build_request(job)
         check_device(build_options(job), device)
         job = job.replace(
             size=request.size,
-            frame_num=request.shape.num_frames,
+            frame_num=request.frame_num,
             prompt=request.prompt,
             sample_steps=request.num_steps,
             sample_shift=float(request.shift),
             sample_guide_scale=float(request.guide_scale),
+            **_extension_knobs(job),
         )
         _check_parallel(job, model_spec(model), machine)
-        _check_device(job, machine)
+        if not is_estimate:
+            _check_device(job, machine)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))
@@ -62,12 +71,70 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
     """The job with the best kernels that are there, where it leaves the choice."""
     is_cuda = job.device == "cuda" and machine.num_gpus > 0
     is_hopper = is_cuda and all(gpu.compute_capability.startswith("9.") for gpu in machine.gpus)
-    if job.kernels == AUTO:
-        job = job.replace(kernels="fused" if is_cuda and "triton" in machine.packages else "torch")
+    if job.kernels == AUTO:  # an estimate is of a machine with a GPU, whose torch brings triton
+        has_triton = job.mode == "estimate" or (is_cuda and "triton" in machine.packages)
+        job = job.replace(kernels="fused" if has_triton and job.device == "cuda" else "torch")
     if job.attention_kernel == AUTO:
-        has_fa3 = is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
+        has_fa3 = (
+            job.mode != "estimate" and is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
+        )
         job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
     return job
+
+
+def _extension_knobs(job: Job) -> dict[str, Scalar]:
+    """The knobs of prompt extension with its model decided, or at their defaults where nothing depends on them."""
+    extension = build_extension(job)
+    if extension is None:
+        names = ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+        return {name: KNOBS[name].default for name in names}
+    return {"prompt_extend_model": extension.model}
+
+
+def mode_of(job: Job, machine: Machine) -> str:
+    """How the job's numbers are got: estimated where a card is named, or where there is no GPU to measure on."""
+    if job.mode != AUTO:
+        return job.mode
+    has_nowhere_to_run = job.device == AUTO and not machine.num_gpus
+    return "estimate" if job.card is not None or has_nowhere_to_run else "measure"
+
+
+def card_of(job: Job, machine: Machine) -> str:
+    """The card that an estimate is for: the one named, or the GPU that is here, or the default one."""
+    if job.card is not None:
+        return job.card
+    here = next(filter(None, (card_like(gpu.name, gpu.total_bytes) for gpu in machine.gpus)), None)
+    return DEFAULT_CARD if here is None else here.name
+
+
+def _check_mode(job: Job) -> None:
+    if job.mode == "measure" and job.card is not None:
+        raise UsageError(
+            f"card={job.card} is for estimates, and mode=measure measures what is here; leave the card out, or choose "
+            "mode=estimate"
+        )
+    if job.mode != "estimate":
+        return
+    if job.device == "cpu":
+        raise UsageError(
+            "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to measure "
+            "on the CPU, or leave device=cpu out"
+        )
+    if job.attention_kernel == "fa3":
+        raise UsageError(
+            "attention_kernel=fa3 cannot be estimated: what it allocates is in no table; choose attention_kernel=sdpa"
+        )
+    if job.use_prompt_extend:
+        raise UsageError(
+            "use_prompt_extend=true cannot be estimated: the language model is not gone through; choose false, which "
+            "changes nothing of what the video's own phases take"
+        )
+    for name in ("profile_memory", "snapshot", "trace"):
+        if getattr(job, name):
+            raise UsageError(
+                f"{name}=true needs a run that can be watched, and mode=estimate runs nothing; choose {name}=false "
+                "(an estimate names what fills the card without it), or mode=measure"
+            )
 
 
 def _words(numbers: list[int]) -> str:
@@ -110,9 +177,11 @@ def _check_device(job: Job, machine: Machine) -> None:
     if machine.gpus:
         raise UsageError(
             f"device=cuda cannot be: torch {machine.torch_version} is built without CUDA; "
-            "install a CUDA build of torch, or choose device=cpu"
+            "install a CUDA build of torch, or choose device=cpu or mode=estimate"
         )
-    raise UsageError("device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu")
+    raise UsageError(
+        "device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu or mode=estimate"
+    )
 
 
 def _check_checkpoint(job: Job, spec: ModelSpec) -> str | None:

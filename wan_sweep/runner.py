@@ -107,7 +107,7 @@ class Sweep:
             interrupt = error.__cause__
         seconds = time.monotonic() - started
         record = replace(self._record(entry, result, started_at, seconds), passes=passes)
-        if record.outcome == "ok" and not interrupt:
+        if record.outcome == "ok" and record.mode == "measure" and not interrupt:
             record = self._references.compare(record, self.plan.folder / entry.name)
         self._keep(record)
         if self._display:
@@ -166,6 +166,7 @@ class Sweep:
             started_at=started_at,
             ended_at=_now(),
             wall_seconds=seconds,
+            mode=entry.job.mode,
             code_version=self.plan.code_version,
             environment={**self.plan.environment, **told.get("environment", {})},
             weights=weights,
@@ -175,7 +176,9 @@ class Sweep:
             ranks=told.get("ranks", []),
             warnings=warnings,
             idle_knobs=told.get("idle_knobs", {}),
+            prompt_extension=told.get("prompt_extension"),
             checks=list(self.plan.checks),
+            estimate=told.get("estimate"),
         )
 
     def _settle(self, entry: PlannedJob) -> Record:
@@ -201,9 +204,15 @@ class Sweep:
             idle_knobs=older.idle_knobs,
             measured_in=str(source),
             fidelity=older.fidelity,
+            prompt_extension=older.prompt_extension,
             passes=older.passes,
+            estimate=older.estimate,
         )
-        return self._references.compare(record, Path(older.measured_in or source)) if entry.job.fidelity else record
+        return (
+            self._references.compare(record, Path(older.measured_in or source))
+            if entry.job.fidelity and record.mode == "measure"
+            else record
+        )
 
     def _keep(self, record: Record) -> None:
         self._records[record.number] = record

@@ -13,10 +13,12 @@ from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from wan21.config import MODELS, AttentionKernel, Kernels, LoadStrategy, Precision, Solver
+from wan21.prompt.settings import Language, Method
+from wan_sweep.cards import CARDS, DEFAULT_CARD
 
 Scalar = str | int | float | bool | None
 
-Mode = Literal["auto", "measure"]
+Mode = Literal["auto", "measure", "estimate"]
 Device = Literal["auto", "cuda", "cpu"]
 ForeignProcesses = Literal["warn", "refuse", "wait"]
 
@@ -51,7 +53,7 @@ class Job:
     model: Annotated[
         str,
         Rule(
-            meaning="Task and architecture; auto is t2v-1.3B where there is an NVIDIA GPU, else tiny on the CPU.",
+            meaning="Task and architecture; auto is t2v-1.3B, and tiny where a job is measured on a CPU.",
             choices=(AUTO, *MODELS),
         ),
     ] = AUTO
@@ -60,7 +62,19 @@ class Job:
         Rule(meaning="Official checkpoint folder; null takes seeded random weights of the same shapes and dtypes."),
     ] = None
     weights_seed: Annotated[int, Rule(meaning="Seed of the random weights.", at_least=0)] = 0
-    mode: Annotated[Mode, Rule(meaning="How to get the numbers; auto measures.")] = "auto"
+    mode: Annotated[
+        Mode,
+        Rule(
+            meaning="How to get the numbers; auto measures on a GPU or with device=cpu, else it estimates for a card."
+        ),
+    ] = "auto"
+    card: Annotated[
+        str | None,
+        Rule(
+            meaning=f"Card to estimate for; null is the GPU here if it is one of these, else {DEFAULT_CARD}.",
+            choices=tuple(CARDS),
+        ),
+    ] = None
     device: Annotated[Device, Rule(meaning="Where to measure; auto takes the GPU if there is one.")] = "auto"
     precision: Annotated[Precision, Rule(meaning="Weights and compute of the DiT.")] = "fp16"
     t5_precision: Annotated[Precision, Rule(meaning="Weights and compute of the text encoder.")] = "bf16"
@@ -128,6 +142,14 @@ class Job:
             above=0,
         ),
     ] = None
+    vram_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="Take the fastest configuration that is estimated to fit into so many GiB; null takes the knobs as "
+            "they are.",
+            above=0,
+        ),
+    ] = None
     size: Annotated[str | None, Rule(meaning="WIDTH*HEIGHT in pixels; null is the model's default.")] = None
     frame_num: Annotated[int | None, Rule(meaning="Frames, of the form 4n+1; null is the model's default.")] = None
     prompt: Annotated[str | None, Rule(meaning="What to show; null is a built-in example.")] = None
@@ -140,9 +162,37 @@ class Job:
         Rule(meaning="The first frame of flf2v, which gives the ratio of sides; null is a built-in example."),
     ] = None
     last_frame: Annotated[str | None, Rule(meaning="The last frame of flf2v; null is a built-in example.")] = None
+    src_video: Annotated[
+        str | None,
+        Rule(
+            meaning="The video that vace starts from, which gives frames and the ratio of sides; null is a blank one."
+        ),
+    ] = None
+    src_mask: Annotated[
+        str | None, Rule(meaning="White where vace may change src_video, black where not; null is all white.")
+    ] = None
+    src_ref_images: Annotated[
+        str | None, Rule(meaning="Pictures of what vace shall show, with commas between them; null is none.")
+    ] = None
+    vace_context_scale: Annotated[float, Rule(meaning="How strongly the sources of vace steer.", at_least=0)] = 1.0
     upstream_quirks: Annotated[
         bool, Rule(meaning="Do as the official code does where that is a mistake (docs/parity.md).")
     ] = False
+    use_prompt_extend: Annotated[
+        bool, Rule(meaning="A language model writes the prompt out in full before anything else is loaded.")
+    ] = False
+    prompt_extend_method: Annotated[
+        Method,
+        Rule(meaning="local_qwen runs a model on the device; dashscope asks a service, with the key in DASH_API_KEY."),
+    ] = "local_qwen"
+    prompt_extend_model: Annotated[
+        str | None,
+        Rule(
+            meaning="Name of the service's model, or for local_qwen a short name such as Qwen2.5_7B, a folder or a "
+            "repository; null is the method's default."
+        ),
+    ] = None
+    prompt_extend_target_lang: Annotated[Language, Rule(meaning="Language of the extended prompt.")] = "zh"
     base_seed: Annotated[int, Rule(meaning="Seed of the noise, the same in all jobs so that they compare.")] = 42
     sample_solver: Annotated[Solver, Rule(meaning="The sampler.")] = "unipc"
     sample_steps: Annotated[int | None, Rule(meaning="Denoising steps; null is the model's default.")] = None
@@ -218,7 +268,9 @@ class Job:
         ),
     ] = "warn"
     save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
-    plan: Annotated[bool, Rule(meaning="List the jobs and stop.", in_key=False, per_sweep=True)] = False
+    plan: Annotated[
+        bool, Rule(meaning="List the jobs, estimate those for a card, and stop.", in_key=False, per_sweep=True)
+    ] = False
 
     def to_dict(self) -> dict[str, Scalar]:
         """Knobs by name."""

@@ -21,10 +21,12 @@ from wan_sweep.checks import run_checks
 from wan_sweep.convert import Candidate
 from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
+from wan_sweep.foresight import print_estimates
 from wan_sweep.launch import WORKER
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
 from wan_sweep.preview import print_plan
 from wan_sweep.progress import make_display
+from wan_sweep.rules import mode_of
 from wan_sweep.runner import JobTracker, Sweep
 from wan_sweep.schema import Job, asked_key
 from wan_sweep.store import PLAN_FILE, create_sweep_folder, read_json, write_json
@@ -118,6 +120,7 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
     except OSError as error:
         raise FolderError(f"{folder / PLAN_FILE} cannot be written: {error.strerror or error}") from error
     if sample.plan:
+        print_estimates(plan, machine, console)
         console.print(Text(f"Only planned (plan=true): {folder / PLAN_FILE}"), soft_wrap=True)
         sys.exit(0)
     tracker = _open_tracker(sample) if sample.track else None
@@ -138,7 +141,7 @@ def _checked(
     checks = run_checks(
         machine,
         "warn" if sample.plan else sample.foreign_processes,
-        devices={candidate.job.device for candidate in candidates} or {sample.device},
+        devices={_asked_device(job, machine) for job in [one.job for one in candidates] or [sample]},
         output_root=Path(sample.output_root).absolute(),
         say=lambda words: console.print(Text(words), soft_wrap=True),
         num_jobs=plan.count("run"),
@@ -150,6 +153,11 @@ def _checked(
     if refused and not sample.plan:
         raise UsageError("; ".join(refused))
     return tuple(check.to_dict() for check in checks)
+
+
+def _asked_device(job: Job, machine: Machine) -> str:
+    """Where a job is asked to run; an estimate takes no GPU, wherever there is one."""
+    return "cpu" if mode_of(job, machine) == "estimate" else job.device
 
 
 def _all_refused(plan: Plan) -> str:

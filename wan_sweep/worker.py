@@ -1,8 +1,9 @@
-"""The child process that runs one pass of a job: `python -m wan_sweep.worker JOB_FOLDER [measure|attribution|trace]`.
+"""The child process that runs one pass of a job: `python -m wan_sweep.worker JOB_FOLDER [PASS]`.
 
 It reads job.json, runs the pipeline with the pass's listener, and leaves the files of the pass (`store.PASSES`): events
-as they happen, and a result at the end, also when the end is bad. Only the pass "measure" gives numbers; the others run
-the same pipeline again so that what they record costs the numbers nothing. It knows neither Hydra nor MLflow.
+as they happen, and a result at the end, also when the end is bad. The pass "measure" gives the numbers, or "estimate"
+where nothing shall run; the others run the same pipeline again so that what they record costs the numbers nothing. It
+knows neither Hydra nor MLflow.
 Exit codes: 0 ok, 3 out of memory, 1 anything else.
 """
 
@@ -21,10 +22,22 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from wan_sweep.environment import device_used_bytes
 from wan_sweep.errors import RecordError
+from wan_sweep.extension import extend, extension_warnings
 from wan_sweep.measure.failure import explain
 from wan_sweep.nvml import ProcessMemory
 from wan_sweep.schema import Job
-from wan_sweep.store import ATTRIBUTION, JOB_FILE, MEASURE, PASSES, SNAPSHOT_FILE, TRACE, Pass, read_json, write_json
+from wan_sweep.store import (
+    ATTRIBUTION,
+    ESTIMATE,
+    JOB_FILE,
+    MEASURE,
+    PASSES,
+    SNAPSHOT_FILE,
+    TRACE,
+    Pass,
+    read_json,
+    write_json,
+)
 from wan_sweep.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -125,13 +138,13 @@ class Stage:
     def set_up(cls, folder: Path, assignment: dict[str, Any]) -> "Stage":
         """From what stands in the job.json of a folder."""
         from wan21.runtime import make_runtime
-        from wan21.vae import choose_plans
+        from wan21.vae import choose_plan
         from wan_sweep.build import build_options, build_request, build_spec
 
         job = Job.from_dict(assignment["knobs"])
         is_on_cpu, limit = job.device == "cpu", memory_limit_bytes(job)
         spec, request, options = build_spec(job), build_request(job), build_options(job)
-        choose_plans(spec, options, request.shape.latent)  # refuses a budget that is too small, before any loading
+        choose_plan(spec, options, request.shape.latent)  # refuses a budget that is too small, before any loading
         runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else limit)
         if is_on_cpu and limit is not None:
             limit_this_process(limit)
@@ -150,6 +163,19 @@ class Stage:
         from wan21.assets import open_assets
 
         return open_assets(self.spec, self.options, self.runtime)
+
+    def with_extended_prompt(self, observer: "Observer") -> tuple["Stage", dict[str, str] | None]:
+        """The same with its prompt extended if the job asks for that, and what the record says of it."""
+        request, told = extend(self.job, self.request, self.runtime, observer)
+        return replace(self, request=request), told
+
+    def with_measured_prompt(self) -> "Stage":
+        """The same with the prompt that the measuring pass came to."""
+        try:
+            told = read_json(self.folder / MEASURE.result).get("prompt_extension")
+        except RecordError:
+            return self
+        return replace(self, request=replace(self.request, prompt=told["prompt"])) if told else self
 
     def generate(self, assets: "Assets", observer: "Observer", *, num_steps: int | None = None) -> "Generation":
         """Runs the pipeline, for fewer steps than the job asks for if so told."""
@@ -219,7 +245,9 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
         sink = EventFile(events, job.log_interval)
         recorder = Recorder(runtime, sink, wants_blocks=job.block_events, process_used=read_process)
         generation = None
+        extension = None
         try:
+            stage, extension = stage.with_extended_prompt(recorder)
             generation = stage.generate(assets, recorder)
             save(stage, generation, recorder)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome
@@ -228,7 +256,9 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[st
     if generation is not None and stage.keeps_outputs:
         keep_outputs(folder, generation)
     facts = environment(runtime) | ({"process_used": how} if how else {})
-    result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": recorder.warnings}
+    warnings = [*extension_warnings(extension), *recorder.warnings]
+    result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": warnings}
+    result["prompt_extension"] = extension
     result["ranks"] = [{"rank": 0, "metrics": metrics, "series": series}]
     return result
 
@@ -272,7 +302,10 @@ def attribute(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[
         stack.enter_context(attributor.recording())
         stage.runtime.warm_up()
         try:
-            stage.generate(assets, together(Beat(EventFile(events)), attributor), num_steps=num_steps)
+            observer = together(Beat(EventFile(events)), attributor)
+            if job.prompt_extend_method == "local_qwen":  # its model fills the device, too
+                stage.with_extended_prompt(observer)
+            stage.with_measured_prompt().generate(assets, observer, num_steps=num_steps)
         except Exception as error:  # noqa: BLE001  # an OOM is what this pass may be here for
             outcome = stage.explain(error, None)
         if has_history:
@@ -297,7 +330,7 @@ def trace(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str,
     from wan21.events import together
     from wan_sweep.measure.tracer import Tracer
 
-    stage = Stage.set_up(folder, assignment)
+    stage = Stage.set_up(folder, assignment).with_measured_prompt()
     job = stage.job
     outcome: dict[str, Any] = {"outcome": "ok", "reason": ""}
     where = folder
@@ -315,8 +348,17 @@ def trace(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str,
     return {"outcome": outcome["outcome"], "reason": outcome["reason"], "folder": str(where), **tracer.result()}
 
 
+def estimate(folder: Path, assignment: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    """The pass that takes the measuring one's place where no GPU is needed: the same numbers from a model."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch comes: it would start a context that nobody uses
+    from wan_sweep.estimate.job import estimate_job
+
+    return estimate_job(folder, Job.from_dict(assignment["knobs"]), EventFile(events))
+
+
 RUN: dict[str, Callable[[Path, dict[str, Any], TextIO], dict[str, Any]]] = {
     MEASURE.name: measure,
+    ESTIMATE.name: estimate,
     ATTRIBUTION.name: attribute,
     TRACE.name: trace,
 }

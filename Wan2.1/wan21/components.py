@@ -1,6 +1,6 @@
 """The networks as things that come to a device and leave it: T5, CLIP, DiT and VAE."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -104,7 +104,8 @@ class Components:
             return self._shard("t5", module, self._weights.t5, blocks, tables=tables, entrances=["encode"])
         if self._options.load_strategy == "full" or device != self._runtime.device:
             return self._load("t5", module, self._weights.t5, device)
-        return self._stream("t5", module, self._weights.t5, all_in_parts(module.blocks), tables=["token_embedding"])
+        named = numbered("blocks", module.blocks)
+        return self._stream("t5", module, self._weights.t5, named, tables=["token_embedding"])
 
     def clip(self) -> Component[ImageEncoder]:
         """The image encoder, without what is never run.
@@ -120,19 +121,19 @@ class Components:
         module.drop_unread()
         if self._options.load_strategy == "full":
             return self._load("clip", module, self._weights.clip, self._runtime.device, stored)
-        blocks = all_in_parts(module.blocks)
-        return self._stream("clip", module, self._weights.clip, blocks, within="transformer", stored=stored)
+        blocks = numbered("transformer", module.blocks)
+        return self._stream("clip", module, self._weights.clip, blocks, stored=stored)
 
     def dit(self) -> Component[Dit]:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
         if self._options.layout.dit_fsdp:
-            blocks, entrances = all_in_parts(module.blocks), ["embed_text", "embed_pictures", "embed_time"]
+            blocks, entrances = all_in_parts(module.sequence().values()), ["embed_text", "embed_pictures", "embed_time"]
             return self._shard("dit", module, self._weights.dit, blocks, once=Dit.ONCE, entrances=entrances)
         if self._options.load_strategy == "full":
             return self._load("dit", module, self._weights.dit, self._runtime.device)
-        return self._stream("dit", module, self._weights.dit, all_in_parts(module.blocks), once=Dit.ONCE)
+        return self._stream("dit", module, self._weights.dit, module.sequence(), once=Dit.ONCE)
 
     def vae(self, *, encodes: bool) -> Component[Vae]:
         """The VAE: the decoder, and the encoder if something will be encoded."""
@@ -208,11 +209,10 @@ class Components:
         name: str,
         module: M,
         open_source: OpenSource,
-        blocks: Sequence[InParts],
+        blocks: Mapping[str, nn.Module],
         *,
         once: Sequence[str] = (),
         tables: Sequence[str] = (),
-        within: str = "blocks",
         stored: nn.Module | None = None,
     ) -> Component[M]:
         """Brings the blocks to the host and the rest to the device; of several processes each its share of the blocks.
@@ -221,18 +221,18 @@ class Components:
             name: of the component.
             module: on the meta device.
             open_source: of its weights.
-            blocks: of the module.
+            blocks: of the module, by their names in it and in the order in which they are run.
             once: submodules that a run needs once; with load_strategy=part they wait on the host.
             tables: submodules that look up; with load_strategy=part they stay on the host.
-            within: the module's name of its blocks.
             stored: the module as it is stored, if something of that is not needed.
         """
         runtime, by_parts, group = self._runtime, self._options.load_strategy == "part", self._world.everyone
         self._share_tables(module, open_source, tables, stored)
         aside = (*once, *tables) if by_parts else ()
+        names, in_parts = list(blocks), all_in_parts(blocks.values())
         unit: Unit = "part" if by_parts else "block"
-        plan = StreamPlan(blocks, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
-        own, elsewhere = own_parts(module), parameters_below(module, [within, *aside])
+        plan = StreamPlan(in_parts, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
+        own, elsewhere = own_parts(module), parameters_below(module, [*names, *aside])
         on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
 
@@ -244,12 +244,17 @@ class Components:
                     weight = torch.empty(part.shape, dtype=part.dtype, device=runtime.device)
                     write(parameter_name, weight.view(-1), 0)
                     put(module, parameter_name, weight)
-            stream(blocks, plan, lambda index, leaf, *to: write(f"{within}.{index}.{leaf}", *to), runtime, group)
+            stream(in_parts, plan, lambda index, leaf, *to: write(f"{names[index]}.{leaf}", *to), runtime, group)
             for table in tables if by_parts else ():
                 keep_on_host(module, table, write, runtime)
             parked = Parked(module, once, write, runtime, group) if by_parts and once else None
         module.eval()
         return Component(module, runtime.device, parked)
+
+
+def numbered(owner: str, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The blocks in a list of a module, by their names in the module."""
+    return {f"{owner}.{index}": block for index, block in enumerate(blocks)}
 
 
 class ObservedBlocks:
@@ -269,7 +274,8 @@ def blocks_to_run(
     component: Component[TextEncoder] | Component[ImageEncoder] | Component[Dit], runtime: Runtime, observer: Observer
 ) -> Iterable[nn.Module]:
     """The component's blocks, observed if the observer wants that."""
-    blocks: Iterable[nn.Module] = component.module.blocks
+    module = component.module
+    blocks: Iterable[nn.Module] = module.sequence().values() if isinstance(module, Dit) else module.blocks
     if component.device == runtime.device:
         blocks = runtime.as_run(blocks)
     return ObservedBlocks(blocks, observer) if observer.wants_blocks else blocks

@@ -9,7 +9,7 @@ Letters: C channels of the latents; T, H, W of the video; t, h, w of its latents
 Reference: Wan2.1 (arXiv 2503.20314), section 5.1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,9 @@ import torch
 from torch.nn import functional
 
 from wan21.config import ModelSpec, Request
-from wan21.examples import example_picture
-from wan21.pictures import read_picture
 from wan21.shapes import TEMPORAL_STRIDE, VideoShape
-from wan21.sources import TASK_SOURCES
+from wan21.sources import read_frames
+from wan21.vae.vae import Pixels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +54,7 @@ def load_pictures(spec: ModelSpec, request: Request) -> list[torch.Tensor]:
     """
     if spec.clip is None:
         return []
-    names = TASK_SOURCES[spec.task]
-    pictures = []
-    for index, name in enumerate(names):
-        path = getattr(request.sources, name)
-        shape = request.shape
-        progress = index / max(1, len(names) - 1)
-        pictures.append(
-            _pixels(
-                example_picture(shape.width, shape.height, progress=progress)
-                if path is None
-                else read_picture(name, path)
-            )
-        )
+    pictures = map(_pixels, read_frames(spec, request.sources, request.shape))
     first, *others = pictures
     crop = crop_as_upstream if request.upstream_quirks else crop_like
     return [first, *(crop(other, first) for other in others)]
@@ -142,23 +129,25 @@ def frame_mask(shape: VideoShape, num_pictures: int) -> torch.Tensor:
     return is_given.view(t, TEMPORAL_STRIDE).T[..., None, None].expand(-1, -1, h, w)
 
 
-def frame_chunks(frames: Sequence[torch.Tensor], shape: VideoShape, device: torch.device) -> Iterator[torch.Tensor]:
-    """The video with the given frames and grey between, as the VAE takes it, made as it goes.
+def frame_pixels(frames: Sequence[torch.Tensor], shape: VideoShape, device: torch.device) -> Pixels:
+    """The video with the given frames and grey between, as the VAE asks for it.
 
     Args:
         frames: the first, and perhaps the last, [3, H, W], on the host.
         shape: of the video.
-        device: where the chunks go.
+        device: where the VAE is.
 
-    Yields:
-        [1, 3, 1, H, W], then t - 1 times [1, 3, 4, H, W].
+    Returns:
+        What gives a window of it, [1, 3, T, H, W].
     """
-    first, *last = frames
-    yield first[None, :, None].to(device)
-    num_more = shape.latent[0] - 1
-    for index in range(num_more):
-        chunk = torch.zeros(1, 3, TEMPORAL_STRIDE, shape.height, shape.width, device=device)
-        if last and index == num_more - 1:
-            chunk[0, :, -1] = last[0].to(device)
-        yield chunk
-        del chunk  # or it would stand beside the next one
+    places = dict(zip((0, shape.num_frames - 1), frames, strict=False))
+
+    def window(times: slice, rows: slice, cols: slice) -> torch.Tensor:
+        sides = (part.stop - part.start for part in (times, rows, cols))
+        pixels = torch.zeros(1, 3, *sides, device=device)
+        for place, frame in places.items():
+            if times.start <= place < times.stop:
+                pixels[0, :, place - times.start] = frame[:, rows, cols].to(device)
+        return pixels
+
+    return window

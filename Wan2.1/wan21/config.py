@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from wan21.errors import UsageError
+from wan21.excerpts import choose_excerpt
 from wan21.layout import SINGLE, Layout
 from wan21.pictures import picture_size
-from wan21.shapes import VideoShape, parse_size, sides_like
+from wan21.shapes import TEMPORAL_STRIDE, VideoShape, parse_size, sides_like
 from wan21.sources import NO_SOURCES, Sources, check_sources
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -45,12 +46,36 @@ EXAMPLE_PROMPT = "A red paper kite climbs over a windy harbour while fishing boa
 
 
 @dataclass(frozen=True, kw_only=True)
+class VaceConfig:
+    """What VACE adds to the diffusion transformer.
+
+    layers: the main blocks with a block of VACE beside them; the first of all has one.
+    in_dim: channels of the context: two videos' latents, and 8 x 8 positions of the mask.
+
+    Raises:
+        UsageError: layers do not ascend from 0.
+
+    Reference: VACE (arXiv 2503.07598).
+    """
+
+    layers: tuple[int, ...]
+    in_dim: int = 96
+
+    def __post_init__(self) -> None:
+        if self.layers[:1] != (0,) or list(self.layers) != sorted(set(self.layers)):
+            raise UsageError(
+                f"vace_layers={list(self.layers)} do not ascend from 0; the released ones are 0, 2, 4, ..."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DitConfig:
     """Sizes of the diffusion transformer.
 
     in_dim: channels that it takes: those of the latents, and of what is laid beside them (`conditioning_dim`).
     image_dim: width of the image tokens that its cross attention reads besides the prompt; 0: it reads none.
     num_image_positions: image tokens that have a learned position; 0: they have none.
+    vace: of the blocks that VACE adds, if it has any.
     """
 
     dim: int
@@ -65,10 +90,15 @@ class DitConfig:
     eps: float = 1e-6
     image_dim: int = 0
     num_image_positions: int = 0
+    vace: VaceConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UsageError(f"dim={self.dim} does not split into num_heads={self.num_heads} heads of even width")
+        if self.vace is not None and self.vace.layers[-1] >= self.num_layers:
+            raise UsageError(
+                f"vace_layers={list(self.vace.layers)} name a block that num_layers={self.num_layers} does not have"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -172,6 +202,8 @@ DIT_1_3B = DitConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 DIT_14B = DitConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 DIT_I2V_14B = replace(DIT_14B, in_dim=36, image_dim=1280)
 DIT_FLF2V_14B = replace(DIT_I2V_14B, num_image_positions=514)
+DIT_VACE_1_3B = replace(DIT_1_3B, vace=VaceConfig(layers=tuple(range(0, 30, 2))))
+DIT_VACE_14B = replace(DIT_14B, vace=VaceConfig(layers=tuple(range(0, 40, 5))))
 WAN_VAE = VaeConfig()
 CLIP_VIT_H = ClipConfig(dim=1280, ffn_dim=5120, num_heads=16, num_layers=32)
 
@@ -197,6 +229,7 @@ MODELS: Mapping[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         TINY,
+        replace(TINY, name="tiny-t2i", task="t2i", default_frame_num=1),
         replace(
             TINY,
             name="tiny-i2v",
@@ -213,6 +246,13 @@ MODELS: Mapping[str, ModelSpec] = {
             clip=TINY_CLIP,
             default_shift=16.0,
             negative_prompt=NEGATIVE_PROMPT_FLF2V,
+        ),
+        replace(
+            TINY,
+            name="tiny-vace",
+            task="vace",
+            dit=replace(TINY.dit, vace=VaceConfig(layers=(0, 2))),
+            default_shift=16.0,
         ),
         ModelSpec(name="t2v-1.3B", dit=DIT_1_3B, text=UMT5_XXL, vae=WAN_VAE, sizes=SIZES_480P, default_size="832*480"),
         ModelSpec(
@@ -258,6 +298,26 @@ MODELS: Mapping[str, ModelSpec] = {
             default_shift=16.0,
             negative_prompt=NEGATIVE_PROMPT_FLF2V,
         ),
+        ModelSpec(
+            name="vace-1.3B",
+            task="vace",
+            dit=DIT_VACE_1_3B,
+            text=UMT5_XXL,
+            vae=WAN_VAE,
+            sizes=SIZES_480P,
+            default_size="832*480",
+            default_shift=16.0,
+        ),
+        ModelSpec(
+            name="vace-14B",
+            task="vace",
+            dit=DIT_VACE_14B,
+            text=UMT5_XXL,
+            vae=WAN_VAE,
+            sizes=SIZES_720P + SIZES_480P,
+            default_size="1280*720",
+            default_shift=16.0,
+        ),
     )
 }
 
@@ -286,8 +346,10 @@ def model_spec(name: str) -> ModelSpec:
 class Request:
     """What to generate. Build it with `make_request`, which fills in the task's defaults and checks all of it.
 
-    size: the one that was chosen. For tasks that start from a picture it gives the area, and the picture the ratio of
-        sides, so that `shape` differs from it.
+    size, frame_num: those that were chosen. For tasks that start from a picture the size gives the area, and the
+        picture the ratio of sides; a source video gives the ratio and the frames, and size and frame_num are the most
+        that it may have of them. So `shape` may differ from both.
+    vace_context_scale: how strongly sources steer; of VACE's models only.
     sources: files it is made from; an example of our own stands in for what is not given.
     upstream_quirks: do as the official code does where that is a mistake (docs/parity.md).
     """
@@ -295,6 +357,7 @@ class Request:
     prompt: str
     negative_prompt: str
     size: str
+    frame_num: int
     shape: VideoShape
     solver: Solver
     num_steps: int
@@ -304,7 +367,14 @@ class Request:
     batch_size: int = 1
     micro_batch_size: int = 1
     sources: Sources = NO_SOURCES
+    vace_context_scale: float = 1.0
     upstream_quirks: bool = False
+
+    @property
+    def denoised_shape(self) -> VideoShape:
+        """Of what is denoised: the video, and in front of it as many frames as make a latent frame per reference."""
+        more = TEMPORAL_STRIDE * len(self.sources.src_ref_images)
+        return replace(self.shape, num_frames=self.shape.num_frames + more)
 
 
 def make_request(
@@ -322,6 +392,7 @@ def make_request(
     batch_size: int = 1,
     micro_batch_size: int = 1,
     sources: Sources = NO_SOURCES,
+    vace_context_scale: float = 1.0,
     upstream_quirks: bool = False,
 ) -> Request:
     """A checked request; None, and the empty negative prompt, mean the task's default.
@@ -352,6 +423,7 @@ def make_request(
             f"sample_guide_scale={guide_scale} is not a number of at least 0; "
             f"{spec.name} uses {spec.default_guide_scale}, and 1 switches guidance off"
         )
+    _check_context_scale(spec, vace_context_scale)
     if not 0 <= seed < 2**63:
         raise UsageError(f"base_seed={seed} is outside 0 to 2**63 - 1")
     if batch_size < 1 or not 1 <= micro_batch_size <= batch_size:
@@ -363,6 +435,7 @@ def make_request(
         prompt=EXAMPLE_PROMPT if prompt is None else prompt,
         negative_prompt=negative_prompt or spec.negative_prompt,
         size=size,
+        frame_num=frame_num,
         shape=_video_shape(size, frame_num, sources),
         solver=solver,  # type: ignore[arg-type]
         num_steps=num_steps,
@@ -372,13 +445,26 @@ def make_request(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         sources=sources,
+        vace_context_scale=vace_context_scale,
         upstream_quirks=upstream_quirks,
     )
 
 
+def _check_context_scale(spec: ModelSpec, scale: float) -> None:
+    if spec.task != "vace" and scale != 1:
+        raise UsageError(
+            f"vace_context_scale={scale} belongs to the vace models, and {spec.name} is none; leave it out"
+        )
+    if not 0 <= scale < float("inf"):
+        raise UsageError(f"vace_context_scale={scale} is not a number of at least 0; upstream uses 1")
+
+
 def _video_shape(size: str, num_frames: int, sources: Sources) -> VideoShape:
-    """Frames and sides of the video: of the chosen size, or of its area and the ratio of a picture's sides."""
+    """Frames and sides of the video: as chosen, or with a picture's ratio of sides, or as a source video has them."""
     width, height = parse_size(size)
+    if sources.src_video is not None:
+        chosen = VideoShape(num_frames=num_frames, height=height, width=width)
+        return choose_excerpt("src_video", sources.src_video, chosen).shape
     name = "image" if sources.image else "first_frame"
     path = getattr(sources, name)
     if path is not None:

@@ -11,16 +11,17 @@ from typing import Literal, Protocol
 
 Kind = Literal["phase", "component", "release", "step", "video", "block"]
 
-PHASES = ("load", "encode_text", "encode_image", "denoise", "decode", "save")
+PHASES = ("extend_prompt", "load", "encode_text", "encode_image", "denoise", "decode", "save")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A stretch of the run.
 
-    A phase is one of PHASES and may occur several times. A component span lies inside the phase "load"; its name is
-    that of the component and `expected_bytes` the sum of its parameters' bytes that arrive on the device. A release
-    span surrounds the dropping of the component of that name and lies between phases. Steps count from 0 to
+    A phase is one of PHASES and may occur several times. A component span lies inside the phase "load", or
+    inside "extend_prompt" whose model no other phase sees; its name is that of the component and `expected_bytes` the
+    sum of its parameters' bytes that arrive on the device, where that is known. A release span surrounds the dropping
+    of the component of that name and lies between phases. Steps count from 0 to
     `total` - 1 over the whole phase (all micro batches), videos within decode, and blocks within one forward.
     """
 

@@ -17,10 +17,12 @@ from wan21.assets import Assets
 from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
-from wan21.conditioning import Condition, frame_chunks, frame_mask, load_pictures, resized
+from wan21.conditioning import Condition, frame_mask, frame_pixels, load_pictures, resized
 from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
+from wan21.control import ControlSources, encode_control, load_control
 from wan21.decoding import decode
 from wan21.dit.model import Dit, ForwardPlan
+from wan21.dit.vace import Control
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
 from wan21.guidance import guided, guided_together
@@ -34,8 +36,8 @@ from wan21.runtime import Runtime
 from wan21.samplers import Sampler, make_sampler
 from wan21.shapes import VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import choose_plans
-from wan21.vae.vae import Vae
+from wan21.vae import choose_plan
+from wan21.vae.vae import Pixels, Vae
 from wan21.vae.warm_up import warm_up
 
 
@@ -105,23 +107,25 @@ class TextToVideo:
             UsageError: the request cannot be run in this layout, or within `vae_budget_gib`; nothing has been loaded.
         """
         check_layout(self._options.layout, self._spec, request)
-        plans = choose_plans(self._spec, self._options, request.shape.latent)
+        plan = choose_plan(self._spec, self._options, request.shape.latent)
         if self._options.kernels == "fused":
-            dtype = DTYPES[self._options.vae_precision]
-            warm_up(self._spec.vae, dtype, self._runtime.device, plans.decode.frames_at_once)
-            self._runtime.empty_cache()
-        pictures = load_pictures(self._spec, request)
+            warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime, plan.frames_at_once)
+        pictures, sources = load_pictures(self._spec, request), load_control(self._spec, request)
+        encodes = bool(pictures) or sources is not None
         if not self._options.offload:
             with self._phase("load"):
                 if self._encodes_text:
                     self._t5 = self._t5 or self._components.t5()
                 self._clip = self._clip or (self._components.clip() if pictures else None)
                 self._dit = self._dit or self._components.dit()
-                self._vae = self._vae or self._components.vae(encodes=bool(pictures))
+                self._vae = self._vae or self._components.vae(encodes=encodes)
         texts = [request.prompt] if request.guide_scale == 1 else [request.prompt, request.negative_prompt]
         prompts = self._encode_text(texts)
         condition = self._encode_pictures(pictures, request.shape) if pictures else None
-        latents = self._denoise(request, prompts, condition)
+        control = None if sources is None else self._encode_control(sources)
+        latents = self._denoise(request, prompts, condition, control)
+        # What stands in front of the video shows the references.
+        latents = [latent[:, :, request.denoised_shape.latent[0] - request.shape.latent[0] :] for latent in latents]
         videos = self._decode(latents)
         seeds = [request.seed + i for i in range(request.batch_size)]
         return Generation(videos=videos, latents=torch.cat(latents).cpu(), seeds=seeds)
@@ -192,7 +196,9 @@ class TextToVideo:
                 with self._phase("load"):
                     self._vae = self._components.vae(encodes=True)
             with self._phase("encode_image"):
-                frames = self._encode_frames(self._vae.module, [resized(picture, shape) for picture in pictures], shape)
+                pixels = frame_pixels([resized(picture, shape) for picture in pictures], shape, device)
+                size = (1, shape.num_frames, shape.height, shape.width)
+                frames = self._encode_pixels(self._vae.module, pixels, size)
                 mask = frame_mask(shape, len(pictures)).to(device)
                 return Condition(tokens=tokens, latents=torch.cat([mask[None], frames], dim=1))
 
@@ -202,14 +208,30 @@ class TextToVideo:
         pixels = torch.stack([preprocess(picture, size) for picture in pictures]).to(clip.device)
         return clip.module(pixels, blocks_to_run(clip, self._runtime, self._observer))
 
-    def _encode_frames(self, vae: Vae, frames: list[torch.Tensor], shape: VideoShape) -> torch.Tensor:
-        """Latents [1, C, t, h, w] of the video that has the first, and perhaps the last, of its frames."""
-        plan = choose_plans(self._spec, self._options, shape.latent).encode
-        chunks = partial(frame_chunks, frames, shape, self._runtime.device)
-        return vae.encode_chunks(chunks, (1, shape.num_frames, shape.height, shape.width), plan)
+    def _encode_control(self, sources: ControlSources) -> torch.Tensor:
+        """What the VAE makes of VACE's sources: [1, 96, R + t, h, w], R reference pictures."""
+        with self._stay():
+            if self._vae is None:
+                with self._phase("load"):
+                    self._vae = self._components.vae(encodes=True)
+            with self._phase("encode_image"):
+                encode = partial(self._encode_pixels, self._vae.module)
+                # In the format in which the transformer's first layer takes it, step after step.
+                return encode_control(sources, encode, self._runtime.device).to(DTYPES[self._options.precision])
+
+    def _encode_pixels(self, vae: Vae, pixels: Pixels, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        """Latents of B, T, H, W pixels, in tiles if there is a budget."""
+        if self._options.vae_budget_gib is None:
+            return vae.encode_pixels(pixels, shape)
+        plan = vae.encode_budget(shape).best_plan(int(self._options.vae_budget_gib * 2**30))
+        return vae.encode_pixels(pixels, shape, plan)
 
     def _denoise(
-        self, request: Request, prompts: list[torch.Tensor], condition: Condition | None
+        self,
+        request: Request,
+        prompts: list[torch.Tensor],
+        condition: Condition | None,
+        control: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         """Latents of each video, [1, C, t, h, w], float32, for a prompt and perhaps a negative one."""
         with self._stay():
@@ -217,12 +239,17 @@ class TextToVideo:
                 with self._phase("load"):
                     self._dit = self._components.dit()
             with self._phase("denoise"):
-                return self._sample(self._dit, request, prompts, condition)
+                return self._sample(self._dit, request, prompts, condition, control)
 
     def _sample(
-        self, dit: Component[Dit], request: Request, prompts: list[torch.Tensor], condition: Condition | None
+        self,
+        dit: Component[Dit],
+        request: Request,
+        prompts: list[torch.Tensor],
+        condition: Condition | None,
+        control: torch.Tensor | None,
     ) -> list[torch.Tensor]:
-        model = dit.module
+        model, shape = dit.module, request.denoised_shape
         config, itemsize = self._spec.dit, model.dtype.itemsize
         pair = self._world.cfg
         with dit.with_parked():
@@ -231,8 +258,8 @@ class TextToVideo:
                 contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
             timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        tokens = shared_tokens(request.shape.num_tokens, self._world, self._options.attention_kernel)
-        turns = tokens.own(model.rotations(request.shape.grid, self._runtime.device), 0)
+        tokens = shared_tokens(shape.num_tokens, self._world, self._options.attention_kernel)
+        turns = tokens.own(model.rotations(shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),
             most_rows=choose_rows(self._options.rows_at_once, config.ffn_dim * itemsize),
@@ -249,8 +276,9 @@ class TextToVideo:
             sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
             context, *negative = (context.expand(len(group), -1, -1) for context in contexts)
-            with self._residual(len(group), turns.shape[0], plan.most_rows) as residual:
-                forward = partial(model, turns=turns, plan=plan, residual=residual)
+            rows = (len(group), turns.shape[0], plan.most_rows)
+            with self._residual(*rows) as residual, self._steering(request, control, *rows) as steering:
+                forward = partial(model, turns=turns, plan=plan, residual=residual, control=steering)
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
@@ -290,9 +318,20 @@ class TextToVideo:
         finally:
             residual.close()
 
+    @contextmanager
+    def _steering(
+        self, request: Request, control: torch.Tensor | None, batch_size: int, num_rows: int, most_rows: int
+    ) -> Iterator[Control | None]:
+        """What steers the forwards of a VACE model; its stream is kept where the residual is."""
+        if control is None:
+            yield None
+            return
+        with self._residual(batch_size, num_rows, most_rows) as stream:
+            yield Control(context=control, scale=request.vace_context_scale, residual=stream)
+
     def _noise(self, request: Request, seed: int) -> torch.Tensor:
         """[1, C, t, h, w], float32: the first and only draw of a generator on the device."""
-        shape = (1, self._spec.dit.out_dim, *request.shape.latent)
+        shape = (1, self._spec.dit.out_dim, *request.denoised_shape.latent)
         generator = self._runtime.generator(seed)
         return torch.randn(shape, generator=generator, device=self._runtime.device, dtype=torch.float32)
 
@@ -308,6 +347,6 @@ class TextToVideo:
                 for index, latent in enumerate(latents):
                     with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
                         t, h, w = latent.shape[2:]
-                        plan = choose_plans(self._spec, self._options, (t, h, w)).decode
+                        plan = self._runtime.as_decoded(choose_plan(self._spec, self._options, (t, h, w)))
                         videos.append(decode(vae, latent, plan, self._world, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]

@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from wan21.errors import UsageError
-from wan21.pictures import picture_size
+from wan21.examples import example_picture
+from wan21.pictures import picture_size, read_picture
+from wan21.shapes import VideoShape
+from wan21.videos import inspect_video
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TASK_SOURCES: Mapping[str, tuple[str, ...]] = {
     "i2v": ("image",),
@@ -20,7 +26,10 @@ TASK_SOURCES: Mapping[str, tuple[str, ...]] = {
 }
 """What each task takes; a task that is not here takes no files."""
 
-PICTURES = ("image", "first_frame", "last_frame")
+FRAMES = ("image", "first_frame", "last_frame")
+PICTURES = (*FRAMES, "src_ref_images")
+STAND_INS = {**dict.fromkeys(FRAMES, "the built-in example"), "src_video": "a blank one"}
+"""What is taken where nothing is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,10 @@ def check_sources(spec: HasTask, sources: Sources) -> None:
         raise UsageError(
             f"{there}={given[there][0]} needs {absent} as well; give both, or neither for the built-in example"
         )
+    if sources.src_mask is not None:
+        _check_mask(sources.src_mask, sources.src_video)
+    elif sources.src_video is not None:
+        inspect_video("src_video", sources.src_video)
     for name in PICTURES:
         for path in given.get(name, ()):
             picture_size(name, path)
@@ -107,7 +120,7 @@ def check_sources(spec: HasTask, sources: Sources) -> None:
 def described(spec: HasTask, sources: Sources) -> str:
     """What a video is made from besides the prompt, in a few words for the record; empty if that is nothing.
 
-    A file goes by its name and fingerprint; where a picture is needed and none is given, the example is said to be one.
+    A file goes by its name and fingerprint; what stands in for one that is not given is said to do so.
     """
     given, prints = sources.given(), sources.fingerprints()
     words = []
@@ -115,9 +128,50 @@ def described(spec: HasTask, sources: Sources) -> str:
         if name in given:
             files = ", ".join(Path(path).name for path in given[name])
             words.append(f"{name} {files} (sha256 {prints[name]})")
-        elif name in PICTURES:
-            words.append(f"{name} the built-in example")
+        elif name in STAND_INS:
+            words.append(f"{name} {STAND_INS[name]}")
     return "; ".join(words)
+
+
+def frame_sources(spec: HasTask) -> tuple[str, ...]:
+    """Names of the sources that are frames of what the task makes: the first, or the first and the last."""
+    return tuple(name for name in TASK_SOURCES.get(spec.task, ()) if name in FRAMES)
+
+
+def read_frames(spec: HasTask, sources: Sources, shape: VideoShape) -> "list[np.ndarray]":
+    """The pictures of `frame_sources`, [height, width, 3] in uint8; where none is given, examples of the video's size.
+
+    Raises:
+        UsageError: a file is gone or damaged meanwhile.
+    """
+    names = frame_sources(spec)
+    pictures = []
+    for index, name in enumerate(names):
+        path, progress = getattr(sources, name), index / max(1, len(names) - 1)
+        is_given = path is not None
+        pictures.append(
+            read_picture(name, path) if is_given else example_picture(shape.width, shape.height, progress=progress)
+        )
+    return pictures
+
+
+def _check_mask(mask: str, video: str | None) -> None:
+    """A mask belongs to a video, frame by frame and pixel by pixel."""
+    if video is None:
+        raise UsageError(
+            f"src_mask={mask} needs src_video as well: without a video upstream passes over the mask; give both, or "
+            "leave src_mask out"
+        )
+    ours, theirs = inspect_video("src_mask", mask), inspect_video("src_video", video)
+    for what, of_mask, of_video in (
+        ("pixels", f"{ours.width}*{ours.height}", f"{theirs.width}*{theirs.height}"),
+        ("frames", str(ours.num_frames), str(theirs.num_frames)),
+    ):
+        if of_mask != of_video:
+            raise UsageError(
+                f"src_mask={mask} has {of_mask} {what} and src_video={video} has {of_video}; give a mask of the "
+                "video's size and length"
+            )
 
 
 def _state(name: str, path: str) -> tuple[int, int]:

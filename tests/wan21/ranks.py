@@ -139,7 +139,7 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
 
 
 def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """From prompt to video with the tiny model; sizes beside its own are allowed."""
+    """From prompt to video with the tiny model, or the one that is asked for; sizes beside its own are allowed."""
     from contextlib import contextmanager
 
     from wan21.assets import open_assets
@@ -148,7 +148,8 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     from wan21.pipeline import TextToVideo
     from wan21.runtime import make_runtime
 
-    spec = model_spec("tiny")
+    asked = dict(asked)
+    spec = model_spec(asked.pop("model", "tiny"))
     spec = replace(spec, sizes=(*spec.sizes, "80*48"))
     options = Options(**({"precision": "fp32"} | chosen), layout=layout)
     request = make_request(spec, **({"seed": 7, "size": "80*48", "frame_num": 5, "num_steps": 2} | asked))
@@ -216,8 +217,23 @@ def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
     return None if video is None else video.numpy()
 
 
-def command_line(_: Any, arguments: list[str]) -> int:
-    """Runs the command line of wan21 as one of several ranks."""
+def command_line(_: Any, arguments: list[str], variables: dict[str, str] | None = None) -> int:
+    """Runs the command line of wan21 as one of several ranks, with these environment variables."""
     from wan21.generate import main
 
+    os.environ.update(variables or {})
     return main(arguments)
+
+
+def agree_on_text(layout: Any, texts: list[str]) -> str:
+    """What ranks come to of which each brings a text of its own."""
+    from wan21.parallel.exchange import agreed_text
+    from wan21.parallel.world import connect
+    from wan21.runtime import CpuRuntime
+
+    runtime = CpuRuntime()
+    world = connect(layout, runtime)
+    try:
+        return agreed_text(world.everyone, texts[world.rank], runtime.device)
+    finally:
+        world.close()

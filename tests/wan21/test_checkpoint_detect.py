@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wan21.config import DIT_1_3B, DIT_14B, DIT_FLF2V_14B, DIT_I2V_14B, MODELS, DitConfig
+from wan21.config import DIT_1_3B, DIT_14B, DIT_FLF2V_14B, DIT_I2V_14B, DIT_VACE_1_3B, DIT_VACE_14B, MODELS, DitConfig
 from wan21.errors import CheckpointError
 from wan21.weights.detect import detect, require_match
 from wan21.weights.safetensors_header import StoredTensor
@@ -39,8 +39,8 @@ def t2v(official: Official) -> Tensors:
         ("t2v-14B", "t2v", DIT_14B, 1095),
         ("i2v-14B", "i2v", DIT_I2V_14B, 1303),
         ("flf2v-14B", "flf2v", DIT_FLF2V_14B, 1304),
-        ("vace-1.3B", "vace", DIT_1_3B, 1264),
-        ("vace-14B", "vace", DIT_14B, 1331),
+        ("vace-1.3B", "vace", DIT_VACE_1_3B, 1264),
+        ("vace-14B", "vace", DIT_VACE_14B, 1331),
     ],
 )
 def test_every_released_architecture_is_recognised(
@@ -112,3 +112,36 @@ def test_a_mismatch_says_what_is_there_what_is_needed_and_what_fits() -> None:
 def test_another_kind_or_number_is_refused(kind: str, found: DitConfig) -> None:
     with pytest.raises(CheckpointError, match=f"holds {kind} with dim 5120.*needs t2v with dim 5120.*another ckpt_dir"):
         require_match(Path("w"), kind, found, MODELS["t2v-14B"])
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0.0] * 15, "0, 2", None])
+def test_places_of_vace_blocks_that_cannot_be_are_refused(official: Official, layers: object) -> None:
+    with pytest.raises(CheckpointError, match=r"vace_layers=.* names no place for each of the 15 vace_blocks"):
+        detect(official("vace-1.3B"), {"vace_layers": layers}, DIT_1_3B)
+
+
+def test_places_of_vace_blocks_come_from_config_json(official: Official) -> None:
+    layers = list(range(15))
+    found = detect(official("vace-1.3B"), {"vace_layers": layers}, DIT_1_3B)[1]
+    assert found.vace is not None
+    assert list(found.vace.layers) == layers
+    with pytest.raises(
+        CheckpointError, match=r"vace of 96 channels beside the blocks 0, 1, 2, .*model=vace-1.3B needs"
+    ):
+        require_match(Path("folder"), "vace", found, MODELS["vace-1.3B"])
+
+
+def test_a_missing_vace_block_is_named(official: Official) -> None:
+    tensors = official("vace-1.3B")
+    some = {name: tensor for name, tensor in tensors.items() if not name.startswith("vace_blocks.3.")}
+    with pytest.raises(CheckpointError, match=r"vace_blocks 3 of 15 have no tensors"):
+        detect(some, {}, DIT_1_3B)
+    none = {name: tensor for name, tensor in tensors.items() if not name.startswith("vace_blocks.")}
+    with pytest.raises(CheckpointError, match=r"no tensor of vace_blocks is in"):
+        detect(none, {}, DIT_1_3B)
+
+
+def test_a_folder_of_vace_is_no_folder_of_text_to_video(official: Official) -> None:
+    kind, found = detect(official("vace-14B"), {}, DIT_14B)
+    with pytest.raises(CheckpointError, match=r"needs t2v with .*vace none; choose model=vace-14B"):
+        require_match(Path("folder"), kind, found, MODELS["t2v-14B"])

@@ -12,8 +12,8 @@ from PIL import Image
 from wan21.conditioning import (
     crop_as_upstream,
     crop_like,
-    frame_chunks,
     frame_mask,
+    frame_pixels,
     load_pictures,
     resized,
 )
@@ -67,7 +67,7 @@ def test_a_mask_counts_frames_by_latent_frame(num_frames: int, num_pictures: int
 
 @pytest.mark.parametrize("num_pictures", [1, 2])
 @torch.no_grad()
-def test_chunks_encode_to_the_same_bits_as_the_whole_video(num_pictures: int) -> None:
+def test_windows_encode_to_the_same_bits_as_the_whole_video(num_pictures: int) -> None:
     torch.manual_seed(0)
     vae = Vae(VaeConfig(base_dim=8)).eval()
     frames = [torch.rand(3, 64, 96) * 2 - 1 for _ in range(num_pictures)]
@@ -75,11 +75,12 @@ def test_chunks_encode_to_the_same_bits_as_the_whole_video(num_pictures: int) ->
     video[0, :, 0] = frames[0]
     if num_pictures == 2:
         video[0, :, -1] = frames[1]
-    chunks = list(frame_chunks(frames, SHAPE, CPU))
-    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
-    assert torch.equal(torch.cat(chunks, dim=2), video)
-    encoded = vae.encode_chunks(lambda: frame_chunks(frames, SHAPE, CPU), (1, 9, 64, 96))
-    assert torch.equal(encoded, vae.encode(video))
+    pixels = frame_pixels(frames, SHAPE, CPU)
+    for times, rows, cols in itertools.product(
+        (slice(0, 1), slice(1, 5), slice(5, 9)), (slice(0, 64), slice(8, 40)), (slice(0, 96), slice(20, 90))
+    ):
+        assert torch.equal(pixels(times, rows, cols), video[:, :, times, rows, cols])
+    assert torch.equal(vae.encode_pixels(pixels, (1, 9, 64, 96)), vae.encode(video))
 
 
 def test_a_picture_is_read_without_a_turn_and_spans_minus_one_to_one(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.wan21.ranks import Forward, Ranks, command_line, decode_tiles, forward, generate, relative_distance
+from tests.wan21.fake_dashscope import ANSWER, GOOD_KEY, serving
+from tests.wan21.ranks import (
+    Forward,
+    Ranks,
+    agree_on_text,
+    command_line,
+    decode_tiles,
+    forward,
+    generate,
+    relative_distance,
+)
 from wan21.layout import SINGLE, Layout
 
 EXACT = 2e-5  # relative; float32 sums in another order, over all layers and steps
@@ -85,6 +95,8 @@ PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(cfg=2, ulysses=2), {}, {"load_strategy": "part", "resident_gib": 0.002, "offload": True}),
     (Layout(cfg=2), {}, {"load_strategy": "part", "t5_cpu": True}),
     (Layout(ring=2), {}, {"load_strategy": "part", "attention_slices": 2, "residual_on_host": 0.5}),
+    (Layout(ulysses=2, dit_fsdp=True), {"model": "tiny-vace"}, {"offload": True}),
+    (Layout(cfg=2, ring=2), {"model": "tiny-vace"}, {"load_strategy": "part", "residual_on_host": 0.5}),
 ]
 
 
@@ -158,3 +170,22 @@ def test_the_command_line_runs_on_several_ranks_and_one_of_them_writes(ranks: Ra
     flags += ["--device", "cpu", "--save_file", str(path), "--cfg_parallel", "--dit_fsdp"]
     assert ranks.run(2, command_line, None, flags) == [0, 0]
     assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize("texts", [["风筝 über dem Hafen", "a kite"], ["", "a kite"], ["a", ""]])
+def test_a_text_is_agreed_on_whatever_its_length(ranks: Ranks, texts: list[str]) -> None:
+    assert ranks.run(2, agree_on_text, Layout(ring=2), texts) == [texts[0]] * 2
+
+
+def test_one_of_several_ranks_extends_the_prompt_for_all(ranks: Ranks, tmp_path: Path) -> None:
+    flags = ["--task", "tiny", "--ckpt_dir", "random", "--size", "96*64", "--frame_num", "1", "--sample_steps", "1"]
+    flags += ["--device", "cpu", "--prompt", "a kite", "--cfg_parallel", "--base_seed", "1"]
+    extend = ["--use_prompt_extend", "--prompt_extend_method", "dashscope"]
+    alone, both = tmp_path / "alone.mp4", tmp_path / "both.mp4"
+    with serving() as fake:
+        variables = {"DASH_API_URL": fake.url, "DASH_API_KEY": GOOD_KEY, "no_proxy": "127.0.0.1"}
+        arguments = [*flags, *extend, "--save_file", str(both)]
+        assert ranks.run(2, command_line, None, arguments, variables) == [0, 0]
+        assert len(fake.requests) == 1
+    assert ranks.run(2, command_line, None, [*flags, "--prompt", ANSWER, "--save_file", str(alone)]) == [0, 0]
+    assert both.read_bytes() == alone.read_bytes()

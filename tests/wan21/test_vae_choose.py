@@ -11,7 +11,7 @@ from wan21.config import WAN_VAE, Options, make_request, model_spec
 from wan21.errors import UsageError
 from wan21.pipeline import TextToVideo
 from wan21.runtime import CpuRuntime
-from wan21.vae import WHOLE, Budget, EncodeBudget, Vae, choose_plans
+from wan21.vae import WHOLE, Budget, EncodeBudget, choose_plan
 from wan21.vae.decoder import Decoder
 
 SHAPE = (21, 60, 104)
@@ -20,36 +20,34 @@ TOO_LITTLE = Options(vae_precision="bf16", vae_budget_gib=0.05)
 
 
 def test_without_a_budget_frames_are_decoded_whole() -> None:
-    assert choose_plans(SPEC, Options(), SHAPE).decode == WHOLE
+    assert choose_plan(SPEC, Options(), SHAPE) == WHOLE
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_budget_gives_the_plan_that_the_loaded_decoder_would_get(precision: Any) -> None:
     with torch.device("meta"):
         decoder = Decoder(WAN_VAE, dtype=torch.float32)
-    chosen = choose_plans(SPEC, Options(vae_precision=precision, vae_budget_gib=1.0), SHAPE).decode
+    chosen = choose_plan(SPEC, Options(vae_precision=precision, vae_budget_gib=1.0), SHAPE)
     assert chosen == Budget(decoder, SHAPE, itemsize=2 if precision == "bf16" else 4).best_plan(2**30)
     assert chosen.num_tiles > 1
 
 
 def test_a_budget_below_the_smallest_tiles_is_refused_with_one_that_is_enough() -> None:
     with pytest.raises(UsageError, match=r"vae_budget_gib=0\.05 is too little.*in bf16; choose [\d.]+ or more") as told:
-        choose_plans(SPEC, TOO_LITTLE, SHAPE)
+        choose_plan(SPEC, TOO_LITTLE, SHAPE)
     enough = float(str(told.value).split("choose ")[1].split(" ")[0])
-    choose_plans(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough), SHAPE)
+    choose_plan(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough), SHAPE)
     with pytest.raises(UsageError):
-        choose_plans(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough - 0.01), SHAPE)
+        choose_plan(SPEC, replace(TOO_LITTLE, vae_budget_gib=enough - 0.01), SHAPE)
 
 
-def test_a_task_that_begins_with_pictures_gets_a_plan_to_encode_them() -> None:
-    spec, options = model_spec("i2v-14B"), Options(vae_budget_gib=1.0)
-    with torch.device("meta"):
-        encoder = Vae(spec.vae).encoder
-    assert encoder is not None
-    chosen = choose_plans(spec, options, SHAPE).encode
-    assert chosen == EncodeBudget(encoder, SHAPE, itemsize=4).best_plan(2**30)
-    assert chosen.num_tiles > 1
-    assert choose_plans(SPEC, options, SHAPE).encode == WHOLE
+def test_a_task_that_begins_with_pictures_needs_enough_to_encode_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EncodeBudget, "least_bytes", lambda _: 2**30 + 1)
+    options = Options(vae_budget_gib=1.0, vae_precision="bf16")
+    assert choose_plan(SPEC, options, SHAPE).num_tiles > 1
+    for name in ("i2v-14B", "flf2v-14B"):
+        with pytest.raises(UsageError, match=r"vae_budget_gib=1 is too little.*choose 1\.01 or more"):
+            choose_plan(model_spec(name), options, SHAPE)
 
 
 class Untouchable:

@@ -1,6 +1,7 @@
 """What is compiled ahead of use is what decoding launches."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor
 from tests.wan21.vae_examples import random_latents, random_vae
 from wan21.config import VaeConfig
 from wan21.kernels import vae_ops
+from wan21.runtime import CpuRuntime
 from wan21.vae import DecodePlan
 from wan21.vae.warm_up import launches, warm_up
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def kind(window: list[Tensor], weight: Tensor, *rest: Any, adds: bool, upsamples: bool) -> tuple[Any, ...]:
@@ -48,6 +47,14 @@ def test_every_kernel_that_decoding_launches_was_launched_before(
     assert sum("vae_conv" in str(func) for func, _ in found) == len(decoding)
 
 
+class Ahead(CpuRuntime):
+    """Runs at once what is to run ahead."""
+
+    def run_ahead(self, launches: Iterable[Callable[[], object]]) -> None:
+        for launch in launches:
+            launch()
+
+
 def test_warming_up_launches_each_of_them_on_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
@@ -56,7 +63,7 @@ def test_warming_up_launches_each_of_them_on_real_tensors(monkeypatch: pytest.Mo
 
     frames = [torch.empty(1, 8, 2, 2, device="meta").contiguous(memory_format=torch.channels_last)]
     monkeypatch.setattr("wan21.vae.warm_up.launches", lambda *_: [(launch, (frames, None, True)), (launch, (3,))])
-    warm_up(VaeConfig(base_dim=8), torch.float32, torch.device("cpu"), 1)
+    warm_up(VaeConfig(base_dim=8), torch.float32, Ahead(), 1)
     (given, *rest), number = sorted(calls, key=len, reverse=True)
     assert [frame.device.type for frame in given] == ["cpu"]
     assert given[0].is_contiguous(memory_format=torch.channels_last)

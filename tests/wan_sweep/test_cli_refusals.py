@@ -22,7 +22,10 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
         ("+precison=1", "there is no knob precison; did you mean precision?"),
         ("model=tinny", "model=tinny is not known; did you mean tiny?\nChoose auto, "),
         ("-m model=tiny,t2v-1.3b", "model=t2v-1.3b is not known; did you mean t2v-1.3B?"),
-        ("optimization=all", "optimization=all is not known\nChoose fastest, lowest_memory, memory_opt, none"),
+        (
+            "optimization=all",
+            "optimization=all is not known\nChoose balanced, fastest, lowest_memory, memory_opt, none",
+        ),
         ("+experiment=base", "experiment=base is not known"),
         ("experiment=baseline", "write +experiment=baseline"),
         ("-m +experiment=baseline,memory_opt", "experiment=baseline,memory_opt lists several experiments"),

@@ -53,7 +53,7 @@ def test_every_outcome_is_a_record_and_the_others_go_on(fake_sweep: Command, tmp
 
 
 def test_a_job_folder_holds_what_the_job_was(fake_sweep: Command, tmp_path: Path) -> None:
-    done = fake_sweep("prompt=ok", "precision=bf16")
+    done = fake_sweep("prompt=ok", "device=cpu", "precision=bf16")
     assert done.returncode == 0, done.stderr
     folder = sweeps(tmp_path)[0] / "1_tiny"
     assert {"job.json", "config.yaml", "record.json", "events.jsonl", "measurement.json", "log.txt"} == {
@@ -96,7 +96,7 @@ def test_repeats_run_round_by_round(fake_sweep: Command, tmp_path: Path) -> None
 
 
 def test_a_duplicate_runs_once(fake_sweep: Command, tmp_path: Path) -> None:
-    done = fake_sweep("-m", "prompt=ok", "sample_steps=4,null")
+    done = fake_sweep("-m", "prompt=ok", "device=cpu", "sample_steps=4,null")
     assert done.returncode == 0, done.stderr
     assert outcomes(load_records(sweeps(tmp_path)[0])) == [(1, "ok")]
 
@@ -118,7 +118,7 @@ def test_help_shows_commands_presets_and_knobs(wan_sweep: Command) -> None:
     done = wan_sweep("--help")
     assert done.returncode == 0, done.stderr
     assert "python -m wan_sweep -m precision=fp16,bf16 offload=true,false" in done.stdout
-    assert "optimization: fastest, lowest_memory, memory_opt, none" in done.stdout
+    assert "optimization: balanced, fastest, lowest_memory, memory_opt, none" in done.stdout
     assert "  precision=fp16\n      Weights and compute of the DiT.\n      fp16, bf16 or fp32\n" in done.stdout
 
 

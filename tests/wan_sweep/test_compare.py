@@ -121,3 +121,18 @@ def test_a_damaged_output_costs_the_comparison_and_not_the_record(tmp_path: Path
 @pytest.mark.parametrize(("changes", "expected"), [({"precision": "bf16"}, False), ({"base_seed": 1}, True)])
 def test_jobs_that_differ_in_what_they_generate_are_alone(changes: dict[str, Any], *, expected: bool) -> None:
     assert is_alone(KNOBS, [{**KNOBS, **changes}]) is expected
+
+
+def test_jobs_compare_by_the_prompt_that_their_videos_were_made_from(tmp_path: Path) -> None:
+    references = References()
+
+    def told(number: int, prompt: str) -> Record:
+        return replace(record(number), prompt_extension={"prompt": prompt, "original": "a cat"})
+
+    references.compare(told(1, "a grey cat sleeps"), left_output(tmp_path / "1"))
+    same = references.compare(told(2, "a grey cat sleeps"), left_output(tmp_path / "2"))
+    failed = references.compare(told(3, "a cat"), left_output(tmp_path / "3", level=9))
+    assert same.fidelity is not None
+    assert same.fidelity["reference"] == "1_job"
+    assert failed.fidelity is not None
+    assert failed.fidelity["reason"] == "is the reference itself"

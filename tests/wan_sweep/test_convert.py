@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from wan21.config import MODELS
 from wan_sweep.convert import add_repeats, candidates_of, grid_of, is_grid, job_of, parse, value_of
 from wan_sweep.errors import UsageError
 from wan_sweep.schema import KNOBS, Job
@@ -50,6 +51,13 @@ def test_every_experiment_gives_jobs(name: str) -> None:
     candidates = candidates_of(config, GlobalHydra.instance().config_loader())
     assert len(candidates) >= 1
     assert {candidate.job.name for candidate in candidates} == {name}
+
+
+def test_the_study_of_tasks_has_every_model_at_its_default_size_and_length() -> None:
+    candidates = candidates_of(sweep_config(["+experiment=tasks"]), GlobalHydra.instance().config_loader())
+    jobs = [candidate.job for candidate in candidates]
+    assert sorted(job.model for job in jobs) == sorted(name for name in MODELS if not name.startswith("tiny"))
+    assert {(job.size, job.frame_num) for job in jobs} == {(None, None)}
 
 
 def test_a_preset_wins_over_the_root_and_the_command_line_over_both() -> None:
@@ -169,3 +177,18 @@ def test_the_grid_of_another_sweeper_is_not_known() -> None:
     assert is_grid(config)
     config.hydra.sweeper["_target_"] = "hydra_plugins.x.OtherSweeper"
     assert not is_grid(config)
+
+
+def test_a_local_language_model_in_a_folder_is_found_from_the_folder_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen").mkdir()
+    for given, meant in (
+        ("qwen", str(tmp_path / "qwen")),
+        ("./gone", str(tmp_path / "gone")),
+        ("Org/Name", "Org/Name"),
+    ):
+        assert job_of(composed([f"prompt_extend_model={given}"])).prompt_extend_model == meant
+    service = ["prompt_extend_model=qwen", "prompt_extend_method=dashscope"]
+    assert job_of(composed(service)).prompt_extend_model == "qwen"

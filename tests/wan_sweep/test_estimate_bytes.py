@@ -1,6 +1,8 @@
 """What operations allocate on a fake device, against counts made by hand."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from wan21.dit.block import Block
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
 from wan_sweep.allocator import Settings
-from wan_sweep.estimate.cards import Card, card_named
+from wan_sweep.cards import Card, card_named
+from wan_sweep.estimate import calibrate
 from wan_sweep.estimate.dry_run import Simulation
+from wan_sweep.estimate.kernel_table import row_for, rows
+from wan_sweep.estimate.kernels import heard_convolutions, signature
 from wan_sweep.units import MIB
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -198,3 +203,37 @@ def test_a_transformer_block_peaks_where_a_count_by_hand_says(simulation: Simula
     attending = queries + (num_tokens * DIT.num_heads * 4 if is_flash else 0)
     assert peak == modulation + queries + max(projecting, attending)
     assert rest == 0
+
+
+def test_a_convolution_that_was_measured_takes_what_the_table_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = card_named("H100-80GB")
+    row, _ = row_for(h100)
+    shape, weight_shape = (1, 8, 6, 18, 34), (16, 8, 3, 3, 3)
+    x, weight = (torch.empty(shape, device="meta"), torch.empty(weight_shape, device="meta"))
+    key = signature([x, weight, None, [1, 1, 1], [0, 0, 0]])
+    replace(row, convolutions={key: 12_345}).save(tmp_path)
+    (saved,) = rows(tmp_path)
+    assert saved.convolutions == {key: 12_345}
+    monkeypatch.setattr("wan_sweep.estimate.kernel_table.rows", lambda: (saved,))
+    simulation = Simulation(h100, Settings())
+    with simulation.running(), heard_convolutions() as heard:
+        fake_x, fake_weight = tensor(simulation, *shape, dtype=FP32), tensor(simulation, *weight_shape, dtype=FP32)
+        peak, rest = peak_and_rest(simulation, lambda: functional.conv3d(fake_x, fake_weight))
+    assert peak == rest + 12_345
+    assert heard[key]["input"] == list(shape)
+    assert heard[key]["weight_strides"] == list(weight.stride())
+
+
+def test_the_shipped_tables_are_read_and_there_is_one_of_the_default_card() -> None:
+    assert row_for(card_named("H100-80GB"))[1]
+    assert not row_for(card_named("RTX4060-8GB"))[1]
+    assert all(row.context_bytes > 2**29 for row in rows())
+
+
+def test_calibrating_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert calibrate.main([]) == 2
+    assert "there is no GPU to calibrate on" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from wan21.weights.load import materialize
 from wan21.weights.random import RandomWeights
 from wan_sweep.allocator import Settings
 from wan_sweep.allocator.rules import SMALL_SEGMENT_BYTES
-from wan_sweep.estimate.cards import card_named
+from wan_sweep.cards import card_named
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.estimate.fake_device import STAND_IN
 from wan_sweep.estimate.memory import Event, Take
@@ -19,6 +19,7 @@ from wan_sweep.schema import Job
 H100 = card_named("H100-80GB")
 TINY = Job(model="tiny", device="cuda")
 JOBS = {
+    "tiled": TINY.replace(size="256*160", frame_num=25, vae_budget_gib=0.01, offload=True, sample_steps=1),
     "streamed": TINY.replace(load_strategy="block", offload=True, attention_slicing=True, precision="fp32"),
     "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
 }
@@ -50,6 +51,14 @@ def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(job: Jo
     assert bytes_of(every) == bytes_of(predicted)
     assert every.series["step/reserved_bytes"] == predicted.series["step/reserved_bytes"]
     assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
+
+
+def test_kernels_of_our_own_pass_through_a_fake_device_and_decoding_asks_for_less() -> None:
+    job, peak = TINY.replace(sample_steps=1), "memory/peak/decode/requested_bytes"
+    plain, fused = (
+        bytes_of(dry_run(job.replace(kernels=kernels), Simulation(H100, Settings()))) for kernels in ("torch", "fused")
+    )
+    assert fused[peak] < plain[peak]
 
 
 def test_more_steps_than_the_first_four_ask_for_no_more() -> None:

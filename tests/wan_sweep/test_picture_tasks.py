@@ -11,15 +11,15 @@ from PIL import Image
 
 from wan_sweep.allocator import Settings
 from wan_sweep.build import build_request
+from wan_sweep.cards import card_named
 from wan_sweep.environment import Gpu, Machine
-from wan_sweep.estimate.cards import card_named
 from wan_sweep.estimate.dry_run import Simulation, dry_run
 from wan_sweep.record import Record, load_records
 from wan_sweep.rules import resolve
 from wan_sweep.schema import Job, Scalar, job_key
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-QUICK = ("-m", "size=96*64", "frame_num=5", "sample_steps=1", "track=false", "fidelity=false")
+QUICK = ("-m", "device=cpu", "size=96*64", "frame_num=5", "sample_steps=1", "track=false", "fidelity=false")
 MACHINE = Machine(gpus=(Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0),), torch_version="2.13.0")
 H100 = card_named("H100-80GB")
 

@@ -20,7 +20,7 @@ ONE_GPU = Machine(gpus=(H100,), torch_version="2.13.0")
 
 
 def candidate(**knobs: Scalar) -> Candidate:
-    return Candidate(job=Job(model="tiny").replace(**knobs), axes=knobs)
+    return Candidate(job=Job(model="tiny", device="cpu").replace(**knobs), axes=knobs)
 
 
 def planned(candidates: Sequence[Candidate], root: Path, *, machine: Machine = NO_GPU, code: str = "c0de") -> Plan:
@@ -87,7 +87,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_task_finds_its_entry_by_what_was_asked(tmp_path: Path) -> None:
-    asked = Candidate(job=Job(output_root=str(tmp_path)))
+    asked = Candidate(job=Job(output_root=str(tmp_path), device="cpu"))
     plan = planned([asked], tmp_path)
     entry = plan.find(asked_key(asked.job, 0))
     assert entry is not None
@@ -141,22 +141,56 @@ def test_what_was_not_ok_runs_again_unless_told(
 
 
 @pytest.mark.parametrize(
-    ("machine", "knobs", "note"),
+    ("machine", "knobs", "notes"),
     [
-        (NO_GPU, {}, "model=auto is tiny: this machine has no NVIDIA GPU, so the jobs run on its CPU."),
-        (ONE_GPU, {}, "model=auto is t2v-1.3B: the job runs on the NVIDIA H100."),
-        (ONE_GPU, {"device": "cpu"}, "model=auto is tiny: device=cpu was asked for."),
+        (
+            NO_GPU,
+            {},
+            (
+                "model=auto is t2v-1.3B: the jobs are estimated.",
+                (
+                    "Estimated for the H100-80GB, not measured; another card: card=NAME; a real run on this machine's "
+                    "CPU: model=tiny device=cpu."
+                ),
+            ),
+        ),
+        (
+            NO_GPU,
+            {"card": "RTX4060-8GB"},
+            (
+                "model=auto is t2v-1.3B: the jobs are estimated.",
+                "Estimated for the RTX4060-8GB, not measured.",
+            ),
+        ),
+        (NO_GPU, {"mode": "measure"}, ("model=auto is tiny: the job runs on the CPU.",)),
+        (ONE_GPU, {}, ("model=auto is t2v-1.3B: the job runs on the NVIDIA H100.",)),
+        (ONE_GPU, {"device": "cpu"}, ("model=auto is tiny: the job runs on the CPU.",)),
+        (
+            ONE_GPU,
+            {"mode": "estimate"},
+            (
+                "model=auto is t2v-1.3B: the jobs are estimated.",
+                "Estimated for the H100-80GB, not measured; that is the GPU here, and card=NAME names another.",
+            ),
+        ),
         (
             Machine(gpus=(H100,), torch_version="2.13.0+cpu"),
             {},
-            "model=auto is tiny: torch 2.13.0+cpu cannot use the NVIDIA H100, so the jobs run on the CPU.",
+            (
+                "model=auto is t2v-1.3B: the jobs are estimated.",
+                (
+                    "Estimated for the H100-80GB, not measured, since torch 2.13.0+cpu cannot use the NVIDIA H100 that "
+                    "is here."
+                ),
+            ),
         ),
     ],
 )
-def test_the_plan_says_which_model_auto_is(
-    tmp_path: Path, machine: Machine, knobs: dict[str, Scalar], note: str
+def test_the_plan_says_which_model_auto_is_and_for_which_card(
+    tmp_path: Path, machine: Machine, knobs: dict[str, Scalar], notes: tuple[str, ...]
 ) -> None:
-    assert (note,) == planned([candidate(model="auto", **knobs)], tmp_path, machine=machine).notes
+    asked = Candidate(job=Job(**knobs), axes=knobs)  # type: ignore[arg-type]
+    assert notes == planned([asked], tmp_path, machine=machine).notes
 
 
 def test_the_printed_plan_shows_each_job_and_each_reason(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ H100 = Gpu(name="NVIDIA H100", total_bytes=80 * 2**30, used_bytes=0)
 NO_GPU = Machine(torch_version="2.13.0+cpu")
 ONE_GPU = Machine(gpus=(H100,), torch_version="2.13.0")
 TWO_GPUS = Machine(gpus=(H100, H100), torch_version="2.13.0")
+A_4090 = Machine(
+    gpus=(Gpu(name="NVIDIA GeForce RTX 4090", total_bytes=24564 * 2**20, used_bytes=0),), torch_version="2.13.0"
+)
+UNKNOWN_GPU = Machine(gpus=(Gpu(name="NVIDIA X1", total_bytes=2**36, used_bytes=0),), torch_version="2.13.0")
 CPU_TORCH = Machine(gpus=(H100,), torch_version="2.13.0+cpu")
 
 
 def test_resolving_leaves_nothing_open() -> None:
-    job = resolve(Job(), NO_GPU).job
+    job = resolve(Job(mode="measure"), NO_GPU).job
     assert (
         job.model,
         job.device,
@@ -26,6 +30,29 @@ def test_resolving_leaves_nothing_open() -> None:
     ) == ("tiny", "cpu", "measure", "160*96", 9, 4)
     assert None not in (job.prompt, job.sample_shift, job.sample_guide_scale)
     assert job == resolve(job, NO_GPU).job
+
+
+@pytest.mark.parametrize(
+    ("machine", "knobs", "expected"),
+    [
+        (NO_GPU, {}, ("estimate", "cuda", "H100-80GB", "t2v-1.3B")),
+        (NO_GPU, {"model": "tiny"}, ("estimate", "cuda", "H100-80GB", "tiny")),
+        (NO_GPU, {"model": "tiny", "device": "cpu"}, ("measure", "cpu", None, "tiny")),
+        (CPU_TORCH, {"card": "RTX4090-24GB"}, ("estimate", "cuda", "RTX4090-24GB", "t2v-1.3B")),
+        (ONE_GPU, {}, ("measure", "cuda", None, "t2v-1.3B")),
+        (ONE_GPU, {"card": "RTX4060-8GB"}, ("estimate", "cuda", "RTX4060-8GB", "t2v-1.3B")),
+        (ONE_GPU, {"mode": "estimate"}, ("estimate", "cuda", "H100-80GB", "t2v-1.3B")),
+        (A_4090, {"mode": "estimate"}, ("estimate", "cuda", "RTX4090-24GB", "t2v-1.3B")),
+        (UNKNOWN_GPU, {"mode": "estimate"}, ("estimate", "cuda", "H100-80GB", "t2v-1.3B")),
+    ],
+)
+def test_a_job_is_measured_where_it_can_be_and_estimated_for_a_card_else(
+    machine: Machine, knobs: dict[str, Scalar], expected: tuple[str | None, ...]
+) -> None:
+    one = resolve(Job().replace(**knobs), machine)
+    assert one.refusal == ""
+    assert (one.job.mode, one.job.device, one.job.card, one.job.model) == expected
+    assert one.job == resolve(one.job, machine).job
 
 
 def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
@@ -77,20 +104,47 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         (
             NO_GPU,
             {"device": "cuda"},
-            "device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu",
+            (
+                "device=cuda cannot be: there is no NVIDIA GPU that this process may use; choose device=cpu or "
+                "mode=estimate"
+            ),
         ),
         (
             CPU_TORCH,
             {"device": "cuda"},
             (
                 "device=cuda cannot be: torch 2.13.0+cpu is built without CUDA; "
-                "install a CUDA build of torch, or choose device=cpu"
+                "install a CUDA build of torch, or choose device=cpu or mode=estimate"
+            ),
+        ),
+        (
+            ONE_GPU,
+            {"mode": "measure", "card": "H100-80GB"},
+            (
+                "card=H100-80GB is for estimates, and mode=measure measures what is here; leave the card out, or "
+                "choose mode=estimate"
+            ),
+        ),
+        (
+            NO_GPU,
+            {"mode": "estimate", "device": "cpu"},
+            (
+                "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to "
+                "measure on the CPU, or leave device=cpu out"
+            ),
+        ),
+        (
+            NO_GPU,
+            {"trace": True},
+            (
+                "trace=true needs a run that can be watched, and mode=estimate runs nothing; choose trace=false "
+                "(an estimate names what fills the card without it), or mode=measure"
             ),
         ),
         (NO_GPU, {"base_seed": -1}, "base_seed=-1 is outside 0 to 2**63 - 1"),
         (
             NO_GPU,
-            {"ckpt_dir": "/nowhere"},
+            {"ckpt_dir": "/nowhere", "device": "cpu"},
             "ckpt_dir=/nowhere does not exist; give the official checkpoint folder of tiny, or null for random weights",
         ),
     ],
@@ -132,6 +186,9 @@ def test_the_best_kernels_that_are_there_are_taken_where_the_job_leaves_the_choi
 
 def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> None:
     machine = Machine(packages=frozenset({"triton"}))
-    job = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
+    job = resolve(Job(kernels="auto", attention_kernel="auto", device="cpu"), machine).job
     assert (job.kernels, job.attention_kernel) == ("torch", "sdpa")
-    assert "choose kernels=torch" in resolve(Job(kernels="fused"), machine).refusal
+    estimated = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
+    assert (estimated.kernels, estimated.attention_kernel) == ("fused", "sdpa")
+    assert "is in no table" in resolve(Job(attention_kernel="fa3", precision="bf16"), machine).refusal
+    assert "choose kernels=torch" in resolve(Job(kernels="fused", device="cpu"), machine).refusal

@@ -33,6 +33,7 @@ RECORD = Record(
     warnings=[{"code": "noise", "text": "t", "advice": "a"}],
     idle_knobs={"gradient_checkpointing": "no gradients"},
     fidelity={"reference": "1_precision=fp16", "reference_folder": "/outputs/sweep/now/1", "reason": ""},
+    prompt_extension={"prompt": "A red kite.", "original": "kite", "method": "dashscope", "model": "qwen-plus"},
     passes={"trace": {"outcome": "ok", "reason": "", "seconds": 3.0, "files": ["trace_rank0.pt.trace.json.gz"]}},
     checks=[{"name": "driver", "state": "ok", "text": "driver 580", "advice": ""}],
 )
@@ -42,6 +43,15 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     write_record(tmp_path / "2_x", RECORD)
     assert load_record(tmp_path / "2_x") == RECORD
     assert load_record(tmp_path / "2_x" / "record.json") == RECORD
+
+
+def test_a_record_from_before_sources_and_prompt_extension_is_read(tmp_path: Path) -> None:
+    write_record(tmp_path / "2_x", RECORD)
+    path = tmp_path / "2_x" / "record.json"
+    values = json.loads(path.read_text())
+    del values["prompt_extension"], values["sources"]
+    path.write_text(json.dumps(values))
+    assert load_record(path) == replace(RECORD, prompt_extension=None)
 
 
 def test_the_file_has_the_documented_shape() -> None:
@@ -75,6 +85,8 @@ def test_the_file_has_the_documented_shape() -> None:
         "fidelity",
         "passes",
         "checks",
+        "prompt_extension",
+        "estimate",
     } == set(values)
 
 
@@ -82,6 +94,12 @@ def test_records_come_by_number(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         write_record(tmp_path / f"{number}_x", replace(RECORD, number=number))
     assert [record.number for record in load_records(tmp_path)] == [1, 2, 10]
+
+
+def test_a_record_from_before_there_were_estimates_is_read() -> None:
+    values = RECORD.to_json()
+    del values["estimate"]
+    assert Record.from_json(values) == RECORD
 
 
 def test_another_schema_version_is_refused_by_file(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The measurer against made-up counters and against known allocations."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -175,6 +175,23 @@ def test_a_failure_is_placed_and_the_numbers_until_then_are_kept() -> None:
         "allocated_bytes": 99,
     }
     assert recorder.metrics()["memory/peak/allocated_bytes"] == 99
+
+
+def test_a_failure_that_is_dealt_with_inside_a_span_is_none() -> None:
+    device = Scripted()
+    recorder = Recorder(device, Lines())
+    with recorder.span(phase("extend_prompt")):
+        with suppress(MemoryError), recorder.span(Span(kind="component", name="qwen")):
+            device.go(70)
+            raise MemoryError
+        device.go(0)
+    with recorder.span(phase("denoise")):
+        device.go(10)
+    assert recorder.failed_at is None
+    metrics = recorder.metrics()
+    assert metrics["memory/peak/extend_prompt/allocated_bytes"] == 70
+    assert metrics["memory/peak/denoise/allocated_bytes"] == 10
+    assert "memory/base/qwen_bytes" not in metrics
 
 
 def test_every_boundary_leaves_a_line_with_counters() -> None:

@@ -28,8 +28,9 @@ Not modelled: garbage_collection_threshold, private pools of CUDA graphs (a repl
 cudaMallocAsync backend.
 """
 
+from wan_sweep.allocator.configured import settings_of
 from wan_sweep.allocator.layout import Block, Layout, LayoutError, Segment
 from wan_sweep.allocator.model import Allocator, OutOfMemoryError
 from wan_sweep.allocator.rules import Settings
 
-__all__ = ["Allocator", "Block", "Layout", "LayoutError", "OutOfMemoryError", "Segment", "Settings"]
+__all__ = ["Allocator", "Block", "Layout", "LayoutError", "OutOfMemoryError", "Segment", "Settings", "settings_of"]

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 
 Choice = Callable[..., torch.Tensor]
 Attention = Literal["cudnn", "flash", "efficient"]

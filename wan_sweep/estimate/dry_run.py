@@ -14,16 +14,15 @@ from wan21.pipeline import TextToVideo
 from wan21.text.tokenizer import Tokenizer
 from wan_sweep.allocator import Allocator, Settings
 from wan_sweep.build import build_options, build_request, build_spec
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 from wan_sweep.estimate.choices import CudaChoices
 from wan_sweep.estimate.fake_device import fake_device
-from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
 from wan_sweep.estimate.runtime import EstimatingRuntime
 from wan_sweep.estimate.tracker import StorageTracker
 from wan_sweep.estimate.weights import UndrawnWeights
-from wan_sweep.measure.recorder import Recorder
+from wan_sweep.measure.recorder import Recorder, Sink
 from wan_sweep.schema import Job
 
 MOST_STEPS = 4
@@ -57,13 +56,16 @@ class NoSink:
         """Nothing to keep."""
 
 
+SILENT_SINK = NoSink()
+
+
 class Simulation:
     """A device of a card's size that holds tensors without memory, and everything that counts on it.
 
     Args:
         card: what to play.
         settings: of torch's allocator.
-        limit_bytes: the most that the allocator may take; None: all that the process can have.
+        capacity_bytes: the most that the allocator may take; None: whatever is asked for.
         device: a fake one; by default the most faithful that this build of torch can have.
         repeats_blocks: whether equal blocks run once.
     """
@@ -73,15 +75,13 @@ class Simulation:
         card: Card,
         settings: Settings,
         *,
-        limit_bytes: int | None = None,
+        capacity_bytes: int | None = None,
         device: torch.device | None = None,
         repeats_blocks: bool = True,
     ) -> None:
-        room = card.device_bytes - row_for(card)[0].context_bytes
-        capacity = room if limit_bytes is None else min(room, limit_bytes)
         self.card = card
         self.device = fake_device() if device is None else device
-        self.memory = DeviceMemory(Allocator(settings, capacity_bytes=capacity, device_bytes=card.device_bytes))
+        self.memory = DeviceMemory(Allocator(settings, capacity_bytes=capacity_bytes, device_bytes=card.device_bytes))
         replays = Replays(self.memory, is_on=repeats_blocks)
         self.runtime = EstimatingRuntime(self.device, self.memory, card, replays)
 
@@ -114,8 +114,8 @@ class DryRun:
     failed_at: dict[str, Any] | None
 
 
-def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS) -> DryRun:
-    """Runs the pipeline from the warm-up to the end, with `most_steps` steps at most."""
+def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, sink: Sink = SILENT_SINK) -> DryRun:
+    """Runs the pipeline from the warm-up to the end, with `most_steps` steps at most; `sink` gets the events."""
     runtime, memory = simulation.runtime, simulation.memory
     spec, options, request = build_spec(job), build_options(job), build_request(job)
     request = replace(request, num_steps=min(request.num_steps, most_steps))
@@ -123,8 +123,11 @@ def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS) -
     assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
     error: Exception | None = None
     with simulation.running():
-        runtime.warm_up()
-        recorder = Recorder(runtime, NoSink(), process_used=runtime.device_used_bytes)
+        try:
+            runtime.warm_up()
+        except torch.OutOfMemoryError as caught:  # a limit that not even the libraries fit into
+            return DryRun(metrics={}, series={}, warnings=[], error=caught.with_traceback(None), failed_at=None)
+        recorder = Recorder(runtime, sink, process_used=runtime.device_used_bytes)
         observer = together(Places(memory), recorder)
         try:
             generation = TextToVideo(spec, options, assets, runtime, observer).generate(request)

@@ -1,13 +1,20 @@
 """What kernels take for themselves, and a process beside them, where only a measurement can say it.
 
-A row holds for one GPU with one set of libraries. For any other the nearest row is taken over, and then every figure
-from it is a guess.
+A row holds for one GPU with one set of libraries; `python -m wan_sweep.estimate.calibrate` makes one, as a file in
+tables/. For any other GPU the nearest row is taken over, and then every figure from it is a guess.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from wan_sweep.estimate.cards import Card
-from wan_sweep.units import MIB
+from wan_sweep.cards import DEFAULT_CARD, Card
+from wan_sweep.environment import version_numbers
+from wan_sweep.store import read_json, write_json
+
+TABLES = Path(__file__).resolve().parent / "tables"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +25,7 @@ class KernelTable:
         card, torch, cuda, cudnn: where it was measured.
         context_bytes: the most that a process holds outside torch's allocator: context, kernels, library buffers.
         cublaslt_workspace_bytes: what stays from the first linear layer with a bias on, for each stream.
+        convolutions: what a convolution takes besides its result, by `kernels.signature`; others follow a rule.
     """
 
     card: str
@@ -26,27 +34,41 @@ class KernelTable:
     cudnn: str
     context_bytes: int
     cublaslt_workspace_bytes: int
+    convolutions: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The row in words."""
         return f"{self.card} with torch {self.torch}, CUDA {self.cuda}, cuDNN {self.cudnn}"
 
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to a file."""
+        return {**self.__dict__, "convolutions": dict(self.convolutions)}
 
-TABLE = (
-    KernelTable(
-        card="H100-80GB",
-        torch="2.11.0",
-        cuda="13.0",
-        cudnn="9.19",
-        context_bytes=688 * MIB,
-        cublaslt_workspace_bytes=1 * MIB,
-    ),
-)
+    def save(self, folder: Path = TABLES) -> Path:
+        """Writes its file, which it returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        name = f"{self.card.lower()}_torch{self.torch}_cuda{self.cuda}_cudnn{self.cudnn}.json"
+        write_json(folder / name, self.to_json())
+        return folder / name
+
+
+@functools.cache
+def rows(folder: Path = TABLES) -> tuple[KernelTable, ...]:
+    """All rows, those with the newest torch first.
+
+    Raises:
+        RecordError: a file is damaged.
+    """
+    found = [KernelTable(**read_json(path)) for path in sorted(folder.glob("*.json"))]
+    return tuple(sorted(found, key=lambda row: version_numbers(row.torch), reverse=True))
 
 
 def row_for(card: Card) -> tuple[KernelTable, bool]:
     """The row to use, and whether it was measured on this card."""
-    for row in TABLE:
-        if row.card == card.name:
-            return row, True
-    return TABLE[0], False
+    measured = next((row for row in rows() if row.card == card.name), None)
+    if measured is not None:
+        return measured, True
+    return next(row for row in rows() if row.card == DEFAULT_CARD), False

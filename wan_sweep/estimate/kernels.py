@@ -6,15 +6,16 @@ Memory that comes before goes after the call; so does a workspace, and a copy of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
 
-from wan_sweep.estimate.cards import Card
-from wan_sweep.estimate.kernel_table import row_for
+from wan_sweep.cards import Card
+from wan_sweep.estimate.kernel_table import KernelTable, row_for
 from wan_sweep.estimate.memory import Basis
 
 aten: Any = torch.ops.aten
@@ -60,6 +61,42 @@ class Kernel:
     stand_in: Callable[[Sequence[Any]], Any] | None = None
 
 
+_heard: list[dict[str, dict[str, Any]]] = []
+"""Where convolutions are noted while somebody wants to hear of them."""
+
+
+@contextmanager
+def heard_convolutions() -> Iterator[dict[str, dict[str, Any]]]:
+    """Inside it every distinct convolution of a dry run is noted, by signature, in what is needed to run it again."""
+    heard: dict[str, dict[str, Any]] = {}
+    _heard.append(heard)
+    try:
+        yield heard
+    finally:
+        _heard.remove(heard)
+
+
+def signature(args: Sequence[Any]) -> str:
+    """What decides over the kernel of a convolution: shapes, layouts, format, stride and padding."""
+    x, weight, _, stride, padding = args[:5]
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f"{dtype} {list(x.shape)}/{list(x.stride())} {list(weight.shape)}/{list(weight.stride())} {stride} {padding}"
+
+
+def _described(args: Sequence[Any]) -> dict[str, Any]:
+    x, weight, _, stride, padding = args[:5]
+    return {
+        "signature": signature(args),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "input": list(x.shape),
+        "input_strides": list(x.stride()),
+        "weight": list(weight.shape),
+        "weight_strides": list(weight.stride()),
+        "stride": list(stride),
+        "padding": list(padding),
+    }
+
+
 def num_bytes(tensor: torch.Tensor) -> int:
     """Bytes of all elements."""
     return tensor.numel() * tensor.element_size()
@@ -77,7 +114,7 @@ def kernels(card: Card) -> Mapping[Any, Kernel]:
         aten.addmm.default: Kernel(kept=(cublas, cublaslt)),  # cuBLASLt adds the bias
         aten.native_layer_norm.default: Kernel(before=_contiguous_input),
         aten.convolution.default: Kernel(
-            beside=lambda args, out: _convolution_buffers(args, out, basis),
+            beside=lambda args, out: _convolution_buffers(args, out, row, basis),
             possible=_nothing if is_measured else _convolution_copies,
             stand_in=_convolution,
         ),
@@ -113,8 +150,13 @@ def _convolution_copies(args: Sequence[Any], out: torch.Tensor) -> int:
     return num_bytes(args[0]) + num_bytes(args[1]) + num_bytes(out)
 
 
-def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, basis: Basis) -> list[Hidden]:
+def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, row: KernelTable, basis: Basis) -> list[Hidden]:
     x, weight = args[:2]
+    for heard in _heard:
+        heard.setdefault(signature(args), _described(args))
+    measured = row.convolutions.get(signature(args)) if row.convolutions else None
+    if measured is not None:
+        return [Hidden(measured, "convolution's copies and workspace", basis)] if measured else []
     layout = _layout(x, weight)
     buffers = []
     if not weight.is_contiguous(memory_format=layout):

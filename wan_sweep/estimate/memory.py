@@ -99,12 +99,14 @@ class DeviceMemory:
         place: where the run is; `at` changes it.
         stream: on which the run is.
         listeners: get every event.
+        unknown_operations: kernels of others, of which only the results are counted.
     """
 
     def __init__(self, allocator: Allocator) -> None:
         self.place = Place()
         self.stream = 0
         self.listeners: list[Callable[[Event], None]] = []
+        self.unknown_operations: set[str] = set()
         self._allocator = allocator
         self._holdings: dict[int, Holding] = {}
         self._addresses: dict[int, int] = {}

@@ -1,31 +1,57 @@
 """From a job and a card to the numbers that a measured run of the job has, under the same names."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from wan21.config import idle_knobs
 from wan_sweep.allocator import Settings
-from wan_sweep.estimate.cards import Card
-from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
+from wan_sweep.build import build_options, build_request, build_spec
+from wan_sweep.cards import Card
+from wan_sweep.estimate.clock import LowerBoundClock, all_steps
+from wan_sweep.estimate.dry_run import MOST_STEPS, SILENT_SINK, DryRun, Simulation, dry_run
 from wan_sweep.estimate.kernel_table import row_for
+from wan_sweep.estimate.lower_bound import lower_bounds
 from wan_sweep.estimate.memory import Holding, Moment
 from wan_sweep.measure.failure import explain
 from wan_sweep.measure.live_items import describe
 from wan_sweep.measure.live_set import Allocation, Place
 from wan_sweep.measure.live_set import Moment as NamedMoment
+from wan_sweep.measure.recorder import Sink
 from wan_sweep.schema import Job
-from wan_sweep.units import GIB
+from wan_sweep.units import GIB, format_bytes
 
 BASES = ("exact", "rule", "table", "guess")
 OF_THIS_PROCESS = ("time/", "memory/peak/host_rss_bytes")
 """Metrics that the recorder takes from the process that it runs in, which here is not that of the job."""
+ALLOCATED, RESERVED = "memory/peak/allocated_bytes", "memory/peak/reserved_bytes"
 
 DEFAULT_SETTINGS = Settings()
 
 
-def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What torch's allocator may take of a card.
+
+    Attributes:
+        num_bytes: beside the context, or as the job's limit says.
+        limit_bytes: the job's limit, if it has one.
+    """
+
+    num_bytes: int
+    limit_bytes: int | None
+
+    @classmethod
+    def of(cls, job: Job, card: Card) -> "Room":
+        """On this card for this job."""
+        limit = None if job.memory_limit_gib is None else int(job.memory_limit_gib * GIB)
+        beside_context = card.device_bytes - row_for(card)[0].context_bytes
+        return cls(num_bytes=beside_context if limit is None else min(beside_context, limit), limit_bytes=limit)
+
+
+def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: Sink = SILENT_SINK) -> dict[str, Any]:
     """What the job will take on the card: bytes, who holds them, and how sure that is.
 
     To be called in a process of its own, which must use no GPU: it changes what CUDA means to torch in this process.
@@ -34,38 +60,130 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS) -> dic
         job: resolved.
         card: where it would run.
         settings: of torch's allocator there.
+        sink: gets the boundaries of the run, with times that are lower bounds.
 
     Returns:
-        outcome, reason and failure as of a measured run; metrics, series and warnings under the same names; `peaks` in
-        the form of attribution.json; `confidence` by phase, which says how many bytes of the peak are exact, follow
-        from a rule, come from the kernel table, or are a guess, and up to where the peak may go; `kernels`, the row of
-        the table; seconds that the estimate took.
+        outcome, reason and failure as of a measured run: oom if it does not fit. Metrics, series and warnings under the
+        same names, of a run on a card that is large enough, so that they say what it would need; no times but
+        `time/lower_bound/...`. `peaks` in the form of attribution.json. `estimate`: card and room; `confidence` by
+        phase, which says how many bytes of the peak are exact, follow from a rule, come from the kernel table, or are a
+        guess, and up to where the peak may go; the row of the kernel table; the allocator's settings; seconds that the
+        estimate took.
     """
     started = time.perf_counter()
-    limit = None if job.memory_limit_gib is None else int(job.memory_limit_gib * GIB)
-    simulation = Simulation(card, settings, limit_bytes=limit)
-    run = dry_run(job, simulation)
+    spec, options, request = build_spec(job), build_options(job), build_request(job)
+    bounds = lower_bounds(spec, options, request, card)
+    num_run = min(MOST_STEPS, request.num_steps)
+    bandwidth = card.memory_bandwidth if job.ckpt_dir is None else card.link_bandwidth  # random weights are drawn there
+    clock = LowerBoundClock(sink, bounds, load_bandwidth=bandwidth, num_steps=request.num_steps, num_run=num_run)
+    simulation = Simulation(card, settings)
+    run = dry_run(job, simulation, sink=clock)
+    moments, possible = simulation.memory.peaks(), simulation.memory.possible_peaks()
+    metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OF_THIS_PROCESS)}
+    confidence = {phase: _confidence(moment, possible[phase]) for phase, moment in moments.items() if phase}
+    room = Room.of(job, card)
     row, is_measured = row_for(card)
-    moments = simulation.memory.peaks()
-    possible = simulation.memory.possible_peaks()
+    ending = _ending(job, card, settings, run, room)
     return {
-        **_outcome(run, limit),
-        "metrics": {name: value for name, value in run.metrics.items() if not name.startswith(OF_THIS_PROCESS)},
-        "series": {name: values for name, values in run.series.items() if name != "step/seconds"},
-        "warnings": run.warnings + _doubts(job, card),
+        **ending,
+        "metrics": metrics | _times(clock, bounds),
+        "series": {
+            name: all_steps(list(values), num_steps=request.num_steps, num_run=num_run)
+            for name, values in run.series.items()
+            if name != "step/seconds"
+        },
+        "warnings": run.warnings
+        + _doubts(job, card)
+        + _strangers(simulation.memory.unknown_operations)
+        + _near_misses(ending, metrics, confidence, room),
+        "idle_knobs": idle_knobs(options, job.device),
         "peaks": _peaks(moments),
-        "confidence": {phase: _confidence(moment, possible[phase]) for phase, moment in moments.items() if phase},
-        "kernels": {**asdict(row), "is_measured": is_measured},
-        "allocator": {**asdict(settings), "roundup_divisions": list(settings.roundup_divisions)},
-        "environment": {"torch": torch.__version__, **simulation.runtime.facts()},
-        "seconds": time.perf_counter() - started,
+        "estimate": {
+            "card": card.name,
+            "card_bytes": card.device_bytes,
+            "room_bytes": room.num_bytes,
+            "confidence": confidence,
+            "kernels": {
+                **{name: value for name, value in row.to_json().items() if name != "convolutions"},
+                "num_convolutions": len(row.convolutions),
+                "is_measured": is_measured,
+            },
+            "allocator": {**asdict(settings), "roundup_divisions": list(settings.roundup_divisions)},
+            "seconds": time.perf_counter() - started,
+        },
+        "environment": {
+            "torch": torch.__version__,
+            "gpu": card.name,
+            "gpu_memory_bytes": str(card.device_bytes),
+            **simulation.runtime.facts(),
+        },
     }
 
 
-def _outcome(run: DryRun, limit_bytes: int | None) -> dict[str, Any]:
-    if run.error is None:
+def _ending(job: Job, card: Card, settings: Settings, run: DryRun, room: Room) -> dict[str, Any]:
+    """Whether it fits.
+
+    Where more would be reserved than there is room, a run on the real size tells: the allocator may get by with less,
+    and gives back what it holds unused.
+    """
+    if run.error is not None:
+        return explain(run.error, run.failed_at, room.limit_bytes)
+    if run.metrics[RESERVED] <= room.num_bytes:
         return {"outcome": "ok", "reason": "", "failure": None}
-    return explain(run.error, run.failed_at, limit_bytes)
+    limited = dry_run(job, Simulation(card, settings, capacity_bytes=room.num_bytes))
+    if limited.error is None:
+        return {"outcome": "ok", "reason": "", "failure": None}
+    told = explain(limited.error, limited.failed_at, room.limit_bytes)
+    if told["outcome"] != "oom":
+        return told
+    needed = format_bytes(run.metrics["memory/peak/device_used_bytes"])
+    where = f"the {format_bytes(card.device_bytes)} of the {card.name}"
+    if room.limit_bytes is not None:
+        where = f"{format_bytes(room.limit_bytes)} of the {card.name}"
+    return {**told, "reason": f"does not fit into {where}: {told['reason']}; in all it needs {needed}"}
+
+
+def _times(clock: LowerBoundClock, bounds: dict[str, float]) -> dict[str, float]:
+    phases = {f"time/lower_bound/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+    total = sum(clock.seconds.values())
+    return {**phases, "time/lower_bound/step_s": bounds["step"], "time/lower_bound/total_s": total}
+
+
+def _near_misses(
+    ending: dict[str, Any], metrics: dict[str, int | float], confidence: dict[str, Any], room: Room
+) -> list[dict[str, str]]:
+    """What could go otherwise on a real card of this size."""
+    if ending["outcome"] != "ok":
+        return []
+    if metrics[RESERVED] > room.num_bytes:
+        return [
+            {
+                "code": "allocator_at_limit",
+                "text": "it fits only since the allocator gives memory back and asks again, which costs time",
+                "advice": "choose a saving more, or expandable segments",
+            }
+        ]
+    doubt = max((one["at_most_bytes"] - one["allocated_bytes"] for one in confidence.values()), default=0)
+    if metrics[RESERVED] + doubt > room.num_bytes:
+        return [
+            {
+                "code": "may_not_fit",
+                "text": f"it may not fit: kernels that nobody measured may take {format_bytes(doubt)} more",
+                "advice": "calibrate on such a card, or choose a saving more",
+            }
+        ]
+    return []
+
+
+def _strangers(operations: set[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "code": "custom_kernel",
+            "text": f"{operation} is a kernel that no table knows: its results are counted, and no workspace",
+            "advice": "measure a run with it, or choose torch's own kernels",
+        }
+        for operation in sorted(operations)
+    ]
 
 
 def _doubts(job: Job, card: Card) -> list[dict[str, str]]:

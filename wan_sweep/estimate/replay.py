@@ -38,6 +38,11 @@ class Replays:
         self._is_on = is_on
         self._recordings: dict[object, _Recording] = {}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether what repeats is gone through once."""
+        return self._is_on
+
     def through(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
         """The blocks, in order, each to be called once before the next is asked for."""
         for index, block in enumerate(blocks):
@@ -91,6 +96,8 @@ def _signature(value: object) -> object:
         return (value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, Windowed):
         return (type(value), value.shape)
+    if isinstance(value, tuple):
+        return tuple(map(_signature, value))
     return value
 
 

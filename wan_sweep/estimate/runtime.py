@@ -4,15 +4,22 @@ import mmap
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from wan21.runtime import Mark, Memory, Runtime, Stream
-from wan_sweep.estimate.cards import Card
+from wan21.vae.plan import DecodePlan, Tile
+from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
+
+P = TypeVar("P")
+
+FIRST_FRAMES = 3
+"""One, which gives one frame; one, whose layers see it; and one, for which the layers' pasts are as long as ever."""
 
 
 class _Generator(torch.Generator):
@@ -51,6 +58,29 @@ class _Stream(Stream):
 
     def wait(self, mark: Mark) -> None:
         """Nothing takes time here."""
+
+
+class Shortened(DecodePlan):
+    """A plan that goes through a tile of each kind, the first latent frames of it and the last one.
+
+    Frames between allocate what the third does, and tiles of one kind all the same.
+    """
+
+    def latent_frames(self, num_frames: int) -> Iterable[int]:
+        first = range(min(num_frames, FIRST_FRAMES))
+        return first if num_frames <= FIRST_FRAMES else (*first, num_frames - 1)
+
+    def tiles(self, every: Iterable[Tile]) -> Iterable[Tile]:
+        seen = set()
+        for tile in every:
+            crops, layers = tile.crops(), tile.rows.windows
+            kind = (
+                *(len(side) for side in (tile.rows.features, tile.cols.features, tile.rows.pixels, tile.cols.pixels)),
+                *(str(crops.of(layer)) for layer in layers),
+            )
+            if kind not in seen:
+                seen.add(kind)
+                yield tile
 
 
 class EstimatingRuntime(Runtime):
@@ -127,3 +157,11 @@ class EstimatingRuntime(Runtime):
 
     def as_run(self, blocks: Iterable[nn.Module]) -> Iterable[nn.Module]:
         return self._replays.through(blocks)
+
+    def as_decoded(self, plan: P) -> P:
+        if not self._replays.is_on or not isinstance(plan, DecodePlan):
+            return plan
+        shortened = Shortened(
+            num_tile_rows=plan.num_tile_rows, num_tile_cols=plan.num_tile_cols, frames_at_once=plan.frames_at_once
+        )
+        return cast("P", shortened)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_sweep.estimate.cards import Card
+from wan_sweep.cards import Card
 from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
 from wan_sweep.estimate.memory import DeviceMemory, Holding
+
+KNOWN_NAMESPACES = frozenset({"aten", "prim", "prims", "wan21"})
+"""Whose operations allocate what their fakes, or the table, say; wan21's own kernels take nothing for themselves."""
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
@@ -40,6 +43,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kernel = self._kernels.get(func)
+        if func.namespace not in KNOWN_NAMESPACES:
+            self._memory.unknown_operations.add(str(func))
         if kernel is None or args[0].device != self._device:
             out = func(*args, **(kwargs or {}))
             self._see_all(out, func)

@@ -80,13 +80,18 @@ class Recorder:
 
     @contextmanager
     def span(self, span: Span) -> Iterator[None]:
-        """Measures a span. An exception is noted with the innermost spans around it, and passes through."""
+        """Measures a span. An exception is noted with the innermost spans around it, and passes through.
+
+        One that does not come as far as a span around it was dealt with in there, and the measuring goes on.
+        """
         frame = self._begin(span)
         try:
             yield
         except BaseException:
             self._note_failure()
             raise
+        else:
+            self.failed_at = None
         finally:
             self._end(frame)
 

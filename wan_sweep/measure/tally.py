@@ -8,6 +8,9 @@ from wan21.runtime import Memory
 from wan_sweep.measure.gauges import Reading
 from wan_sweep.measure.host import resident_peak_bytes
 
+WEIGHTS_ARRIVE = ("load", "extend_prompt")
+"""Phases that weights come in; what they add is no activation."""
+
 
 @dataclass
 class Peaks:
@@ -115,7 +118,7 @@ class Tally:
             )
 
     def _book_phase(self, done: Finished) -> None:
-        is_load = done.span.name == "load"
+        is_load = done.span.name in WEIGHTS_ARRIVE
         totals = self._phases.setdefault(done.span.name, PhaseTotals())
         totals.seconds += done.seconds
         arrived = done.end.allocated_bytes - done.start.allocated_bytes if is_load else 0

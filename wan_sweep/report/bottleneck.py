@@ -18,6 +18,7 @@ from wan_sweep.units import format_bytes
 
 # Components that a phase computes with; what else lies on the device then is not needed there.
 AT_WORK = {
+    "extend_prompt": frozenset({"qwen"}),
     "load": frozenset({"t5", "clip", "dit", "vae"}),
     "encode_text": frozenset({"t5"}),
     "encode_image": frozenset({"clip", "vae"}),
@@ -40,7 +41,13 @@ _WORKLOAD = frozenset(
         "image",
         "first_frame",
         "last_frame",
+        "src_video",
+        "src_mask",
+        "src_ref_images",
+        "vace_context_scale",
         "upstream_quirks",
+        "use_prompt_extend",
+        "prompt_extend_target_lang",
         "batch_size",
         "base_seed",
         "sample_solver",

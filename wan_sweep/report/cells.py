@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wan_sweep.report.change import change_of
+from wan_sweep.report.estimates import OUTCOME_WORDS
 from wan_sweep.report.fidelity import LATENTS_MAX_DIFF, MAX_DIFF, SSIM, fidelity_cell, has_fidelity
-from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, TOTAL_SECONDS, Row, Sheet, Spread
+from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, Row, Sheet, Spread
 from wan_sweep.units import format_gib, format_mib, mib
 
 _AXES_WITH_OWN_COLUMN = 4
@@ -38,11 +39,13 @@ class Column:
 def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
     """Return the columns of the table, from left to right; the full one has every measure of fidelity."""
     unit = "GiB" if sheet.is_in_gib else "MiB"
-    step_title = ("step", "s") if sheet.step_metric.endswith("/step_s") else ("first step", "s")
+    is_estimate = sheet.mode == "estimate"
+    at_least = ("at least",) if is_estimate else ()
+    step_title = ("step", *at_least, "s") if sheet.step_metric.endswith("/step_s") else ("first step", "s")
     found = [
         Column(title=("job",), cells=tuple(map(_number(sheet), sheet.rows))),
         *_what_differs(sheet),
-        Column(title=("outcome",), cells=tuple(row.outcome for row in sheet.rows), is_number=False),
+        Column(title=("outcome",), cells=tuple(_outcome(row) for row in sheet.rows), is_number=False),
         _memory(sheet, ("base", unit), _base, rank=2),
         _memory(sheet, ("peak", unit), lambda row: row.spread(PEAK_ALLOCATED)),
         _memory(sheet, ("reserved", unit), lambda row: row.spread(PEAK_RESERVED), rank=3),
@@ -54,7 +57,7 @@ def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
             rank=6,
         ),
         _seconds(sheet, step_title, sheet.step_metric),
-        _seconds(sheet, ("total", "s"), TOTAL_SECONDS),
+        _seconds(sheet, ("total", *at_least, "s"), sheet.total_metric),
         _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED),
         _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=5),
         *_fidelity(sheet, is_full=is_full),
@@ -62,6 +65,10 @@ def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
     if sheet.has_repeats:
         found.insert(1, Column(title=("runs",), cells=tuple(str(len(row.records)) for row in sheet.rows)))
     return found
+
+
+def _outcome(row: Row) -> str:
+    return OUTCOME_WORDS.get(row.outcome, row.outcome) if row.mode == "estimate" else row.outcome
 
 
 def _number(sheet: Sheet) -> Callable[[Row], str]:
@@ -123,7 +130,7 @@ def _memory(sheet: Sheet, title: tuple[str, str], read: Callable[[Row], Spread |
     return Column(title=title, cells=_cells(spreads, lambda value: format_mib(value, digits=digits)), rank=rank)
 
 
-def _seconds(sheet: Sheet, title: tuple[str, str], metric: str) -> Column:
+def _seconds(sheet: Sheet, title: tuple[str, ...], metric: str) -> Column:
     spreads = [row.spread(metric) for row in sheet.rows]
     largest = max((spread.high for spread in spreads if spread), default=0.0)
     digits = 3 if largest < 10 else 2 if largest < 100 else 1

@@ -9,6 +9,7 @@ from wan_sweep.report.advice import advice
 from wan_sweep.report.bottleneck import bottlenecks, oom_contents
 from wan_sweep.report.change import NOISE_PCT, change_of, differ
 from wan_sweep.report.effects import effects
+from wan_sweep.report.estimates import FITS_TITLE, SURE_TITLE, certainty, fits
 from wan_sweep.report.fidelity import fidelity
 from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, Spread, job_list, word_list
 from wan_sweep.units import format_bytes, format_seconds
@@ -20,7 +21,7 @@ _NOTABLE_FLUCTUATION_PCT = 3.0
 CHECKS_TITLE = "Checks before the start"
 _BOTTLENECKS_TITLE = "Where the peaks come from"
 _FIDELITY_TITLE = "Fidelity"
-_FOR_EACH_JOB = frozenset({_BOTTLENECKS_TITLE, _FIDELITY_TITLE})
+_FOR_EACH_JOB = frozenset({_BOTTLENECKS_TITLE, _FIDELITY_TITLE, FITS_TITLE, SURE_TITLE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,13 @@ class Section:
 def sections(sheet: Sheet) -> list[Section]:
     """Return the findings of a sheet of one mode; those without anything to say are left out, but for the first."""
     found = [
+        (FITS_TITLE, fits(sheet)),
         (_BOTTLENECKS_TITLE, bottlenecks(sheet)),
         (ADVICE_TITLE, advice(sheet)),
         ("What each knob changes", [effect.sentence() for effect in effects(sheet) if not effect.is_nothing]),
         ("Without effect", without_effect(sheet)),
         (_FIDELITY_TITLE, fidelity(sheet)),
+        (SURE_TITLE, certainty(sheet)),
         ("Not measured here", unmeasured(sheet)),
         ("Warnings", warnings(sheet)),
         (CHECKS_TITLE, checks(sheet.records)),
@@ -71,6 +74,8 @@ def headline(sheet: Sheet) -> list[str]:
     if least:
         peak = f"peak {format_bytes(least[0].value(PEAK_ALLOCATED) or 0)} allocated"
         lines.append(f"Least memory: {job_list(least[:1])}, {peak}{_ties(least, f'within {_MEMORY_TIE_PCT:g} %')}.")
+    if sheet.mode == "estimate":
+        return [*lines, "Times are lower bounds: operations over the card's peak rate, bytes over its bandwidths."]
     shortest = _best(measured, TOTAL_SECONDS, differ)
     if shortest:
         total = f"{format_seconds(shortest[0].value(TOTAL_SECONDS) or 0)} in total"

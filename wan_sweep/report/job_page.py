@@ -63,12 +63,23 @@ def _notes(row: Row) -> Iterator[str]:
     if warnings:
         yield element("h3", "Warnings") + bullets(list(warnings))
     pairs = [("Fidelity", fidelity)] if fidelity else []
+    pairs += _extension_words(row)
     pairs += [("Without effect", f"{knob}, because {why}") for knob, why in idle.items()]
     pairs += [
         (f"Pass: {name}", ", ".join(_pass_words(one))) for record in row.records for name, one in record.passes.items()
     ]
     pairs += [("Folder", record.name) for record in row.records]
     yield element("h3", "Notes") + definitions(pairs)
+
+
+def _extension_words(row: Row) -> Iterator[tuple[str, str]]:
+    """Yield what became of the prompt, where it was to be extended."""
+    for told in filter(None, (record.prompt_extension for record in row.records)):
+        by = f"{told['model']}, {told['method']}, {told['target_lang']}"
+        if "problem" in told:
+            yield "Prompt", f"{told['original']} (not extended by {by})"
+        else:
+            yield "Prompt", f"{told['prompt']} (extended by {by} from: {told['original']})"
 
 
 def _pass_words(one: Mapping[str, Any]) -> Iterator[str]:

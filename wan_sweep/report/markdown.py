@@ -33,7 +33,7 @@ def markdown_text(parts: Sequence[tuple[Sheet, Sequence[Picture]]]) -> str:
 
 def _part(sheet: Sheet, pictures: Sequence[Picture], *, heading: str) -> list[str]:
     first, *others = sections(sheet)
-    blocks = [_table(columns_of(sheet))] if sheet.rows else []
+    blocks = [table(columns_of(sheet))] if sheet.rows else []
     blocks += [_escaped(line) for line in first.lines]
     blocks += [f"![{_escaped(picture.caption)}]({picture.name})" for picture in pictures]
     blocks += _own_timelines(sheet)
@@ -52,7 +52,7 @@ def _own_timelines(sheet: Sheet) -> list[str]:
     return [f"Timelines of single jobs, with what came to the device and left it: {', '.join(links)}."] if links else []
 
 
-def _table(columns: Sequence[Column]) -> str:
+def table(columns: Sequence[Column]) -> str:
     """Return a Markdown table whose source is aligned too."""
     titles = [" ".join(column.title) for column in columns]
     bodies = [[_escaped(cell.strip()) for cell in column.cells] for column in columns]

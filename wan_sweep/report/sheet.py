@@ -22,10 +22,12 @@ OUTSIDE_ALLOCATOR = "memory/outside_allocator_bytes"
 TOTAL_SECONDS = "time/total_s"
 STEP_SECONDS = "time/step_s"
 FIRST_STEP_SECONDS = "time/first_step_s"
-COMPONENTS = ("t5", "clip", "dit", "vae")
+LOWER_BOUND_STEP_SECONDS = "time/lower_bound/step_s"
+LOWER_BOUND_TOTAL_SECONDS = "time/lower_bound/total_s"
+COMPONENTS = ("qwen", "t5", "clip", "dit", "vae")
 LIBRARIES = "libraries"
 ACTIVATIONS = "activations"
-PHASES = ("load", "encode_text", "encode_image", "denoise", "decode", "save")
+PHASES = ("extend_prompt", "load", "encode_text", "encode_image", "denoise", "decode", "save")
 MODES = ("measure", "estimate")
 
 _GIB_ABOVE_BYTES = 10 * GIB
@@ -92,7 +94,7 @@ class Row:
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
-        """The records that hold a complete measurement: of jobs that were ok, or were so in an earlier sweep."""
+        """The records that hold the numbers of a whole run: of jobs that were ok, now or earlier, and of estimates."""
         return tuple(record for record in self.records if _is_complete(record))
 
     @property
@@ -198,9 +200,16 @@ class Sheet:
 
     @property
     def step_metric(self) -> str:
-        """The seconds per step that all rows have: the median, or the first step where there is only one."""
+        """The seconds per step that all rows have: the median, the first step where there is only one, or a bound."""
+        if self.mode == "estimate":
+            return LOWER_BOUND_STEP_SECONDS
         has_median = any(row.value(STEP_SECONDS) is not None for row in self.rows)
         return STEP_SECONDS if has_median else FIRST_STEP_SECONDS
+
+    @property
+    def total_metric(self) -> str:
+        """The seconds of the whole run; of an estimate, which runs nothing, a lower bound."""
+        return LOWER_BOUND_TOTAL_SECONDS if self.mode == "estimate" else TOTAL_SECONDS
 
     @property
     def has_repeats(self) -> bool:
@@ -286,5 +295,7 @@ def word_list(words: Sequence[str]) -> str:
 def _is_complete(record: Record) -> bool:
     if record.outcome == "ok":
         return True
+    if record.mode == "estimate":  # what does not fit has all the numbers that it would need
+        return record.outcome in {"oom", "skipped"} and PEAK_RESERVED in record.metrics
     # A result taken over may be that of a job that ran out of memory; only whole runs have timed their last phase.
     return record.outcome == "skipped" and "time/save_s" in record.metrics

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MODE_TITLES = {"measure": "Measured", "estimate": "Estimated"}
 
 _STYLES = {"ok": "green", "skipped": "cyan", "refused": "yellow", "oom": "magenta", "failed": "red", "timeout": "red"}
+_STYLES |= {"fits": "green", "does not fit": "magenta"}
 _GAP = 2
 _MOST_LINES = 8
 

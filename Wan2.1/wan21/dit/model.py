@@ -8,7 +8,7 @@ Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.027
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,6 +21,7 @@ from wan21.dit.image import ImageEmbedding
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
+from wan21.dit.vace import Control, VaceBlock
 from wan21.rope import rotations
 from wan21.shapes import PATCH
 
@@ -117,7 +118,23 @@ class Dit(nn.Module):
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, dtype=torch.float32))
         self.blocks = nn.ModuleList(Block(config, dtype, operations) for _ in range(config.num_layers))
+        if config.vace is not None:
+            patch = (1, PATCH, PATCH)
+            self.vace_patch_embedding = nn.Conv3d(config.vace.in_dim, dim, patch, patch, dtype=dtype)
+            self.vace_blocks = nn.ModuleList(
+                VaceBlock(config, dtype, operations, is_first=layer == 0) for layer in config.vace.layers
+            )
         self.head = Head(config, operations)
+
+    def sequence(self) -> dict[str, nn.Module]:
+        """All blocks by name, in the order in which a forward runs them: each of VACE behind the one it steers."""
+        beside = {} if self.config.vace is None else {layer: n for n, layer in enumerate(self.config.vace.layers)}
+        named: dict[str, nn.Module] = {}
+        for index, block in enumerate(self.blocks):
+            named[f"blocks.{index}"] = block
+            if index in beside:
+                named[f"vace_blocks.{beside[index]}"] = self.vace_blocks[beside[index]]
+        return named
 
     def embed_text(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The context that cross attention reads; the same in every step, so compute it once.
@@ -168,6 +185,7 @@ class Dit(nn.Module):
         blocks: Iterable[nn.Module] | None = None,
         plan: ForwardPlan = WHOLE,
         residual: Windowed | None = None,
+        control: Control | None = None,
     ) -> torch.Tensor:
         """The velocity of the flow.
 
@@ -176,16 +194,25 @@ class Dit(nn.Module):
             time: the timestep of all videos, 0 to 1000, or what `embed_time` made of it.
             context: from `embed_text` or `embed_pictures`, [B, S, D].
             turns: from `rotations`, those of the plan's tokens; computed here if not given.
-            blocks: what to run in place of `self.blocks`, in order; for those who listen to them.
+            blocks: what to run in place of those of `sequence`, in their order; for those who listen to them.
             plan: how to carry it out.
             residual: where the residual [B, L, D] of the plan's tokens shall be kept; None: in a tensor on the device.
+            control: what steers the forward; VACE's models need it, and no others take it.
 
         Returns:
             [B, C, t, h, w], all tokens, float32, rounded to the compute dtype as upstream does (docs/parity.md).
 
-        Memory: the residual [B, L, D] in float32, keys and values [2, B, L, D] in the compute dtype, which all blocks
-        share unless gradients are kept, and what a block needs.
+        Raises:
+            ValueError: there is a control and the model has no blocks for it, or the other way round.
+
+        Memory: the residual [B, L, D] in float32, the control stream of the same size if there is one, keys and values
+        [2, B, L, D] in the compute dtype, which all blocks share unless gradients are kept, and what a block needs.
         """
+        if (control is None) != (self.config.vace is None):
+            raise ValueError(
+                "control is what VACE's models need and no others take; "
+                f"this one has vace={self.config.vace} and control is {'absent' if control is None else 'given'}"
+            )
         t, h, w = latents.shape[2:]
         grid = (t, h // PATCH, w // PATCH)
         if turns is None:
@@ -193,40 +220,70 @@ class Dit(nn.Module):
         if not isinstance(time, Time):
             time = self.embed_time(time, latents.device)
         x = self._patchify(latents, grid, plan, residual)
+        steering = None if control is None else self._begin_control(control, x, grid, plan)
         shape = (x.shape[0], x.shape[1], self.config.num_heads, self.config.head_dim)
         like = latents.new_empty(0, dtype=self.dtype)
         room = None if torch.is_grad_enabled() else plan.tokens.room(2, shape, like)
         # Upstream's residual is in the compute dtype until the first addition; its values are the same in float32, but
         # the first norm's output is rounded to it.
         norm_dtype = self.dtype
-        for block in self.blocks if blocks is None else blocks:
-            args = (x, time.modulations, context, turns, plan, norm_dtype, room)
-            if plan.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
+        sequence = self.sequence()
+        # The blocks first: they may surround each with a span, which ends when the next one is asked for.
+        for block, own in zip(sequence.values() if blocks is None else blocks, sequence.values(), strict=True):
+            shared = (time.modulations, context, turns, plan)
+            if control is not None and steering is not None and isinstance(own, VaceBlock):
+                x, steering = self._run(block, plan, (x, steering), *shared, control.scale, room)
             else:
-                x = block(*args)
-            norm_dtype = torch.float32
-            del args  # or the first residual would stand beside the last
-        del room
+                x = self._run(block, plan, x, *shared, norm_dtype, room)
+                norm_dtype = torch.float32
+        del room, steering
         patches = self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)).to(self.dtype)
         return self._unpatchify(plan.tokens.whole(patches), grid)
+
+    def _run(self, block: nn.Module, plan: ForwardPlan, *args: Any) -> Any:  # noqa: ANN401 # a block's own
+        """What the block makes of its arguments; with gradients kept perhaps in a way that keeps less."""
+        if plan.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def _patchify(
         self, latents: torch.Tensor, grid: tuple[int, int, int], plan: ForwardPlan, residual: Windowed | None
     ) -> Residual:
-        b, c = latents.shape[:2]
-        t, h, w = grid
-        patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
-        patches = patches.reshape(b, t * h * w, c * PATCH * PATCH)  # [B, L, C * 4], ordered as the kernel's weight
-        patches = plan.tokens.own(patches, 1)
+        patches = self._patches(latents, grid, plan)
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         if torch.is_grad_enabled():
             return F.linear(patches, weight, bias).float()
-        shape = torch.Size((b, patches.shape[1], self.config.dim))
+        shape = torch.Size((*patches.shape[:2], self.config.dim))
         x = torch.empty(shape, dtype=torch.float32, device=latents.device) if residual is None else residual
         for rows, window in windows(x, chunk_rows(shape, plan.most_rows), reads=False, writes=True):
             window.copy_(F.linear(patches[:, rows], weight, bias))
         return x
+
+    def _patches(self, latents: torch.Tensor, grid: tuple[int, int, int], plan: ForwardPlan) -> torch.Tensor:
+        """The latents of the plan's tokens, ordered as a patch embedding's weight.
+
+        Returns:
+            [B, L, C * 4] in the compute dtype; copies.
+        """
+        (b, c), (t, h, w) = latents.shape[:2], grid
+        patches = latents.to(self.dtype).view(b, c, t, h, PATCH, w, PATCH).permute(0, 2, 3, 5, 1, 4, 6)
+        return plan.tokens.own(patches.reshape(b, t * h * w, c * PATCH * PATCH), 1)
+
+    def _begin_control(self, control: Control, x: Residual, grid: tuple[int, int, int], plan: ForwardPlan) -> Residual:
+        """The control stream, [B, L, D] in float32, before its first block; x is the main one before its first."""
+        patches = self._patches(control.context, grid, plan)
+        weight, bias = self.vace_patch_embedding.weight.flatten(1), self.vace_patch_embedding.bias
+        first = cast("VaceBlock", self.vace_blocks[0])
+        if torch.is_grad_enabled():
+            return first.begin(F.linear(patches, weight, bias), cast("torch.Tensor", x)).float()
+        size = chunk_rows(x.shape, plan.most_rows)
+        stream = control.residual
+        steering = torch.empty(x.shape, dtype=torch.float32, device=patches.device) if stream is None else stream
+        for (rows, window), (_, own) in zip(
+            windows(steering, size, reads=False, writes=True), windows(x, size), strict=True
+        ):
+            window.copy_(first.begin(F.linear(patches[:, rows], weight, bias), own))
+        return steering
 
     def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         t, h, w = grid

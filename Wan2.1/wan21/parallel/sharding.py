@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from wan21.errors import UsageError
 from wan21.parallel.table import SharedTable
 from wan21.parallel.world import Group
+from wan21.parts import InParts
 
 WritePart = Callable[[str, torch.Tensor, int], None]
 """Fills a flat tensor with the elements of the weight of this name, from a number on."""
@@ -70,8 +71,10 @@ def shard(
 
 
 def _linear_weights(unit: nn.Module) -> Iterator[nn.Parameter]:
-    for layer in unit.modules():
-        if isinstance(layer, nn.Linear):
+    """Of the layers that are used with the unit; what has to be there always may be used without it."""
+    always = tuple(f"{owner}." for owner in unit.ALWAYS) if isinstance(unit, InParts) else ()
+    for name, layer in unit.named_modules():
+        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(always):
             yield from layer.parameters(recurse=False)
 
 

@@ -1,24 +1,27 @@
 """What a plan takes, in bytes and in work, and the best plan for a number of bytes. By arithmetic: nothing runs.
 
+Here for decoding, and what encoding shares with it; `encode_budget` has the rest.
+
 Bytes are what tensors ask for. Kernels that need room of their own come on top; cuDNN needs none for these
 convolutions when channels come last.
 
 Letters: C channels; T frames at the layer at hand; P positions that it computes; t, h, w of the latents.
 """
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import nn
 
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
 from wan21.vae.fused_budget import chain as fused_chain
-from wan21.vae.layers import AttentionBlock, ResidualBlock, Upsample
+from wan21.vae.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from wan21.vae.need import NOTHING, Need, Positions, macs_of
-from wan21.vae.plan import DecodePlan, strips
+from wan21.vae.plan import DecodePlan, Strip, strips
 
 PAST = 2
 """Frames that a causal convolution remembers."""
@@ -30,11 +33,7 @@ SINGLE_FRAME_WORK = 1.06
 """How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
 
 
-def block_need(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
-    """What a residual block takes for so many frames, of which `past` earlier ones are remembered.
-
-    In memory its input lies for `stored` positions.
-    """
+def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
     first, second = cast("nn.Conv3d", block.residual["2"]), cast("nn.Conv3d", block.residual["6"])
     in_dim, out_dim = first.in_channels, first.out_channels
     outer, inner = positions[first], positions[second]
@@ -68,7 +67,20 @@ def _upsample(layer: Upsample, positions: Positions, frames: int, past: int, sto
     return Need(remembered, passing + 6 * frames * dim * before, macs + frames * macs_of(conv, positions[layer]))
 
 
-def _chain(
+def _downsample(layer: Downsample, positions: Positions, frames: int, past: int, stored: int) -> Need:
+    conv = cast("nn.Conv2d", layer.resample[1])
+    after, dim = positions[layer], conv.in_channels
+    # The input, a padded copy of it, and the result.
+    passing, remembered, macs = frames * dim * (stored + 5 * after), 0, frames * macs_of(conv, after)
+    if layer.time_conv is not None and past:
+        remembered = dim * after
+        # The result, joined to the frame before it, and half as many.
+        passing = max(passing, (2 * frames + 1 + frames // 2) * dim * after)
+        macs += frames // 2 * macs_of(layer.time_conv, after)
+    return Need(remembered, passing, macs)
+
+
+def chain(
     layers: Iterable[nn.Module], positions: Positions, frames: int, past: int, stored: int
 ) -> tuple[Need, int, int]:
     """What layers take in a row, how many frames come out, and in memory for how many positions each of them lies.
@@ -78,7 +90,7 @@ def _chain(
     need = NOTHING
     for layer in layers:
         if isinstance(layer, ResidualBlock):
-            need = need.then(block_need(layer, positions, frames, past, stored))
+            need = need.then(_block(layer, positions, frames, past, stored))
             stored = positions[layer.residual["6"]]
         elif isinstance(layer, AttentionBlock):
             need = need.then(_attention(layer, positions, frames))
@@ -86,6 +98,10 @@ def _chain(
             need = need.then(_upsample(layer, positions, frames, past, stored))
             stored = positions[layer]
             frames *= 2 if layer.time_conv is not None and past else 1
+        elif isinstance(layer, Downsample):
+            need = need.then(_downsample(layer, positions, frames, past, stored))
+            stored = positions[layer]
+            frames //= 2 if layer.time_conv is not None and past else 1
     return need, frames, stored
 
 
@@ -106,7 +122,7 @@ class _Parts:
 
 def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int, frames_at_once: int | None) -> _Parts:
     whole = dict.fromkeys(decoder.modules(), num_positions)
-    low, _, _ = _chain((*decoder.middle, *decoder.upsamples[: decoder.first_upsampling]), whole, 1, past, num_positions)
+    low, _, _ = chain((*decoder.middle, *decoder.upsamples[: decoder.first_upsampling]), whole, 1, past, num_positions)
     first = decoder.conv1
     low = low.then(Need(past * first.in_channels * num_positions, 0, macs_of(first, num_positions)))
 
@@ -117,12 +133,12 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
         mid, frames = fused_chain(layers, last_layers[0], positions, 1, past)
         stored = positions[last_layers[0]] // 4
     else:
-        mid, frames, stored = _chain(layers, positions, 1, past, positions[layers[0]] // 4)
+        mid, frames, stored = chain(layers, positions, 1, past, positions[layers[0]] // 4)
     at_once = min(frames, frames_at_once or frames)
     if decoder.kernels == "fused":
         high, _ = fused_chain([*last_layers, decoder.head], None, positions, at_once, past)
     else:
-        high, _, _ = _chain(last_layers, positions, at_once, past, stored)
+        high, _, _ = chain(last_layers, positions, at_once, past, stored)
         computed = head.in_channels * positions[head]
         macs = at_once * macs_of(head, positions[head])
         high = high.then(Need(past * computed, (2 * at_once + past) * computed, macs))
@@ -135,54 +151,36 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
     return _Parts(low, mid, high, waiting, frames)
 
 
-def all_plans(height: int, width: int, frames_at_once: int | None) -> list[DecodePlan]:
-    """All that are looked at for latents [height, width]."""
-    counts = product(range(1, max(1, height // MIN_TILE) + 1), range(1, max(1, width // MIN_TILE) + 1))
-    return [DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts]
-
-
-class Budget:
+class TileBudget(ABC):
     """Bytes and work of plans for one video.
 
     Args:
-        decoder: its layers are counted; it may be on the meta device.
         latent_shape: (t, h, w).
-        itemsize: bytes of a number in the decoder's format.
-        batch_size: videos decoded together.
+        itemsize: bytes of a number in the VAE's format.
+        batch_size: videos coded together.
     """
 
-    def __init__(
-        self, decoder: Decoder, latent_shape: tuple[int, int, int], *, itemsize: int, batch_size: int = 1
-    ) -> None:
-        self._decoder = decoder
+    verb: ClassVar[str]
+    """What is done with the video."""
+
+    def __init__(self, latent_shape: tuple[int, int, int], *, itemsize: int, batch_size: int = 1) -> None:
         self._shape = latent_shape
+        self._batch_size = batch_size
         self._bytes_per_number = itemsize * batch_size
         self._past = PAST if latent_shape[0] > 1 else 0
         self._cache: dict[tuple[str, int, bool], Positions] = {}
 
+    @abstractmethod
     def num_bytes(self, plan: DecodePlan) -> int:
-        """The most that `Vae.decode_pieces` takes at a time, beside weights and the latents that it is given."""
-        t, h, w = self._shape
-        parts = self._parts(plan, largest=True)
-        low, mid, high = parts.low, parts.mid, parts.high
-        tile = mid.past + high.past + max(mid.passing, parts.waiting + high.passing)
-        if plan.num_tiles == 1:
-            most = low.past + max(low.passing, tile)
-        else:
-            most = self._decoder.low_dim * t * h * w + max(low.past + low.passing, tile)
-        scaled = self._decoder.conv1.in_channels * t * h * w
-        return (scaled + most) * self._bytes_per_number
+        """The most that is taken at a time, beside weights and what is given."""
 
+    @abstractmethod
     def work(self, plan: DecodePlan, num_ranks: int = 1) -> float:
         """Multiply-adds for one latent frame, halos included; those of one of the ranks that share the tiles."""
-        parts = self._parts(plan, largest=False)
-        of_one = -(-plan.num_tiles // num_ranks) / plan.num_tiles
-        macs = parts.low.macs + (parts.mid.macs + parts.high.macs) * of_one
-        return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
 
-    def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
-        _, h, w = self._shape
-        return _parts(self._decoder, h * w, self._positions(plan, largest=largest), self._past, plan.frames_at_once)
+    @abstractmethod
+    def _strips(self, size: int, count: int, name: str) -> Sequence[Strip]:
+        """Rows or columns of tiles."""
 
     def least_bytes(self) -> int:
         """What the plan takes that takes least."""
@@ -204,12 +202,18 @@ class Budget:
                 return min(fitting, key=lambda plan: (self.work(plan, num_ranks), plan.num_tiles))
         t, h, w = self._shape
         raise UsageError(
-            f"budget_bytes={budget_bytes} is too little to decode {t} x {h} x {w} latents: the smallest tiles need "
-            f"{self.least_bytes()}; allow that, or choose a smaller number format, a smaller picture or fewer frames"
+            f"budget_bytes={budget_bytes} is too little to {self.verb} {t} x {h} x {w} latents: the smallest tiles "
+            f"need {self.least_bytes()}; allow that, or choose a smaller number format, a smaller picture or fewer "
+            "frames"
         )
 
     def _plans(self, frames_at_once: int | None) -> list[DecodePlan]:
-        return all_plans(self._shape[1], self._shape[2], frames_at_once)
+        """All that are looked at."""
+        _, h, w = self._shape
+        counts = product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1))
+        return [
+            DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts
+        ]
 
     def _positions(self, plan: DecodePlan, *, largest: bool) -> Positions:
         """By layer, the positions that it computes: in the largest tile, or in all tiles together."""
@@ -223,8 +227,53 @@ class Budget:
         key = (name, count, largest)
         if key not in self._cache:
             combine = max if largest else sum
-            found = strips(self._decoder, size, count, name)
+            found = self._strips(size, count, name)
             self._cache[key] = {
                 layer: combine(len(strip.windows[layer].computed) for strip in found) for layer in found[0].windows
             }
         return self._cache[key]
+
+
+class Budget(TileBudget):
+    """Bytes and work of plans for decoding one video.
+
+    Args:
+        decoder: its layers are counted; it may be on the meta device.
+        latent_shape: (t, h, w).
+        itemsize: bytes of a number in the decoder's format.
+        batch_size: videos decoded together.
+    """
+
+    verb = "decode"
+
+    def __init__(
+        self, decoder: Decoder, latent_shape: tuple[int, int, int], *, itemsize: int, batch_size: int = 1
+    ) -> None:
+        super().__init__(latent_shape, itemsize=itemsize, batch_size=batch_size)
+        self._decoder = decoder
+
+    def num_bytes(self, plan: DecodePlan) -> int:
+        """The most that `Vae.decode_pieces` takes at a time, beside weights and the latents that it is given."""
+        t, h, w = self._shape
+        parts = self._parts(plan, largest=True)
+        low, mid, high = parts.low, parts.mid, parts.high
+        tile = mid.past + high.past + max(mid.passing, parts.waiting + high.passing)
+        if plan.num_tiles == 1:
+            most = low.past + max(low.passing, tile)
+        else:
+            most = self._decoder.low_dim * t * h * w + max(low.past + low.passing, tile)
+        scaled = self._decoder.conv1.in_channels * t * h * w
+        return (scaled + most) * self._bytes_per_number
+
+    def work(self, plan: DecodePlan, num_ranks: int = 1) -> float:
+        parts = self._parts(plan, largest=False)
+        of_one = -(-plan.num_tiles // num_ranks) / plan.num_tiles
+        macs = parts.low.macs + (parts.mid.macs + parts.high.macs) * of_one
+        return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
+
+    def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
+        _, h, w = self._shape
+        return _parts(self._decoder, h * w, self._positions(plan, largest=largest), self._past, plan.frames_at_once)
+
+    def _strips(self, size: int, count: int, name: str) -> Sequence[Strip]:
+        return strips(self._decoder, size, count, name)

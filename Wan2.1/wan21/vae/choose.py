@@ -1,15 +1,15 @@
-"""From what the VAE may take to plans; before anything is loaded, if that is asked for."""
+"""From what the VAE may take to a plan; before anything is loaded, if that is asked for."""
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from wan21.config import ModelSpec, Options
 from wan21.errors import UsageError
+from wan21.sources import TASK_SOURCES
 from wan21.vae.budget import Budget
-from wan21.vae.encode_plan import EncodeBudget
+from wan21.vae.encode_budget import EncodeBudget
 from wan21.vae.plan import WHOLE, DecodePlan
 from wan21.vae.vae import Vae
 
@@ -17,22 +17,14 @@ GIB = 2**30
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plans:
-    """How videos are decoded, and how those are encoded with which a task begins."""
-
-    decode: DecodePlan
-    encode: DecodePlan
-
-
 @cache
-def choose_plans(spec: ModelSpec, options: Options, latent_shape: tuple[int, int, int]) -> Plans:
-    """The plans of least work within `vae_budget_gib`; without it whole frames, unless several processes share tiles.
+def choose_plan(spec: ModelSpec, options: Options, latent_shape: tuple[int, int, int]) -> DecodePlan:
+    """The plan of least work to decode within `vae_budget_gib`; without one in whole frames, if no process shares them.
 
     It needs no weights, and a tenth of a second.
 
     Args:
-        spec: the task.
+        spec: the task; if it begins with pictures, there has to be enough to encode them, too.
         options: how to run.
         latent_shape: (t, h, w).
 
@@ -41,17 +33,15 @@ def choose_plans(spec: ModelSpec, options: Options, latent_shape: tuple[int, int
     """
     num_ranks = options.layout.world_size
     if options.vae_budget_gib is None and num_ranks == 1:
-        return Plans(decode=WHOLE, encode=WHOLE)
+        return WHOLE
     dtype = DTYPES[options.vae_precision]
     with torch.device("meta"):
         vae = Vae(spec.vae, dtype=dtype, kernels=options.kernels)
-    decoding = Budget(vae.decoder, latent_shape, itemsize=dtype.itemsize)
-    limit = math.inf if options.vae_budget_gib is None else options.vae_budget_gib * GIB
-    least, encode = decoding.least_bytes(), WHOLE
-    encoding = None
-    if spec.clip is not None and vae.encoder is not None and options.vae_budget_gib is not None:
-        encoding = EncodeBudget(vae.encoder, latent_shape, itemsize=dtype.itemsize)
-        least = max(least, encoding.least_bytes())
+    budget = Budget(vae.decoder, latent_shape, itemsize=dtype.itemsize)
+    limit = math.inf if options.vae_budget_gib is None else int(options.vae_budget_gib * GIB)
+    least = budget.least_bytes()
+    if spec.task in TASK_SOURCES and vae.encoder is not None:
+        least = max(least, EncodeBudget(vae.encoder, latent_shape, itemsize=dtype.itemsize).least_bytes())
     if limit < least:
         t, h, w = latent_shape
         raise UsageError(
@@ -59,6 +49,4 @@ def choose_plans(spec: ModelSpec, options: Options, latent_shape: tuple[int, int
             f"{options.vae_precision}; choose {math.ceil(100 * least / GIB) / 100:g} or more, a smaller vae_precision, "
             "a smaller size or fewer frames"
         )
-    if encoding is not None:
-        encode = encoding.best_plan(limit)
-    return Plans(decode=decoding.best_plan(limit, num_ranks), encode=encode)
+    return budget.best_plan(limit, num_ranks)

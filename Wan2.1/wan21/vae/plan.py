@@ -42,6 +42,7 @@ hand on is 1.6 GB at 832 x 480 (for 81 frames, two rows of the input of each con
 have to live on the host and travel there and back for each band. Halos are the simpler bargain.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,11 +54,11 @@ from wan21.vae.tiles import Crops, Interval, Windows, split_evenly
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """What is decoded at once. The default is everything: whole frames, and all that a latent frame gives.
+    """What is decoded, or encoded, at once. The default is everything: whole frames, and all of a latent frame.
 
     num_tile_rows: into how many rows of tiles the picture is cut; their heights differ by 8 pixels at most.
     num_tile_cols: likewise.
-    frames_at_once: of the 4 frames that a latent frame gives, how many go through the level of full resolution
+    frames_at_once: of the 4 frames that belong to a latent frame, how many go through the level of full resolution
         together; None is all. One at a time takes less memory, and longer: each is joined to two earlier ones.
 
     Raises:
@@ -79,6 +80,14 @@ class DecodePlan:
         """All of them."""
         return self.num_tile_rows * self.num_tile_cols
 
+    def latent_frames(self, num_frames: int) -> Iterable[int]:
+        """Which latent frames are gone through, in order: all of them, unless memory is all that is asked for."""
+        return range(num_frames)
+
+    def tiles(self, every: Iterable["Tile"]) -> Iterable["Tile"]:
+        """Which tiles are gone through, in order: likewise."""
+        return every
+
 
 WHOLE = DecodePlan()
 
@@ -98,7 +107,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Strip:
-    """One row or one column of tiles: which pixels it gives, what of the low part's result it needs, and by layer."""
+    """One row or one column of tiles: its pixels, what of the low part's features belongs to them, and by layer.
+
+    Decoding gives the pixels and reads the features with a halo; encoding is the other way round.
+    """
 
     pixels: Interval
     features: Interval
@@ -111,15 +123,24 @@ def strips(decoder: Decoder, size: int, count: int, name: str) -> list[Strip]:
     Raises:
         UsageError: there are fewer rows than tiles; `name` says of which count.
     """
-    if count > size:
-        raise UsageError(f"{name}={count} is more than the {size} latent positions on that side; choose {size} or less")
     found = []
-    for interval in split_evenly(size, count):
+    for interval in split_latents(size, count, name):
         pixels = interval
         for _ in range(decoder.num_upsamplings):
             pixels = pixels.doubled()
         found.append(Strip(pixels, *decoder.windows(pixels)))
     return found
+
+
+def split_latents(size: int, count: int, name: str) -> list[Interval]:
+    """`size` rows (or columns) of latents in `count` parts.
+
+    Raises:
+        UsageError: there are fewer rows than parts; `name` says of which count.
+    """
+    if count > size:
+        raise UsageError(f"{name}={count} is more than the {size} latent positions on that side; choose {size} or less")
+    return split_evenly(size, count)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Which part of each level a tile of the picture needs.
 
+This speaks of decoding; encoding is the same the other way round, up to its last downsampling (`encode_plan`).
+
 After the first upsampling the decoder's positions meet their neighbours in space through convolutions with three taps
 only: the norm looks at one position, and attention comes before. So a tile is computed from the rows and columns that
 it depends on, itself and a halo, and nothing has to be blended. A convolution on a part of a frame is wrong only in the
@@ -37,6 +39,10 @@ class Interval:
     def halved(self) -> "Interval":
         """The fewest rows one level lower that contain these."""
         return Interval(self.start // 2, -(-self.stop // 2), self.size // 2)
+
+    def before_halving(self) -> "Interval":
+        """The rows one level higher of which a convolution of stride 2 makes these: three for each, the last shared."""
+        return Interval(2 * self.start, min(2 * self.size, 2 * self.stop + 1), 2 * self.size)
 
     def inside(self, outer: "Interval") -> slice:
         """Where these rows are in a tensor that begins and ends with `outer`."""

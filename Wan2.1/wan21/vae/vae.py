@@ -8,8 +8,9 @@ Letters: B videos; C channels; T, H, W of the video; t, h, w of the latents (t =
 Reference: Wan2.1 (arXiv 2503.20314), the section on the spatio-temporal VAE.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,16 @@ from torch import Tensor, nn
 from wan21.config import Kernels, VaeConfig
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.encode_budget import EncodeBudget
 from wan21.vae.encode_plan import encode_tiles
 from wan21.vae.encoder import Encoder
 from wan21.vae.past import Past
 from wan21.vae.plan import WHOLE, DecodePlan, Piece, tiles
+
+Pixels = Callable[[slice, slice, slice], Tensor]
+"""From frames, rows and columns to values in [-1, 1], [B, 3, T, H, W] of that window, where the VAE is."""
+
+NO_ENCODER = "this VAE has no encoder any more; load it again, and do not call drop_encoder"
 
 # Of the 16 channels of the released VAE's latents, over its training data.
 LATENT_MEAN = (
@@ -78,100 +85,68 @@ class Vae(nn.Module):
             [B, C, t, h, w] in float32, C = z_dim.
 
         Raises:
-            UsageError: T is not 4n + 1, or a side is not a multiple of 8 (the official code drops what is left over),
-                or the encoder was dropped.
+            UsageError: as `encode_pixels`.
 
-        Memory: that of `encode_chunks`.
+        Memory: that of `encode_pixels`.
         """
         batch, _, num_frames, height, width = video.shape
-        stops = range(1, num_frames + 1, self.temporal_stride)
+        shape = (batch, num_frames, height, width)
+        return self.encode_pixels(lambda frames, rows, cols: video[:, :, frames, rows, cols], shape, plan)
 
-        def chunks() -> Iterator[Tensor]:
-            return (video[:, :, start:stop] for start, stop in zip((0, *stops), stops, strict=False))
+    def encode_pixels(self, pixels: Pixels, shape: tuple[int, int, int, int], plan: DecodePlan = WHOLE) -> Tensor:
+        """The same for a video of which no more is there than is asked for.
 
-        return self.encode_chunks(chunks, (batch, num_frames, height, width), plan)
-
-    def encode_chunks(
-        self, chunks: Callable[[], Iterable[Tensor]], shape: tuple[int, int, int, int], plan: DecodePlan = WHOLE
-    ) -> Tensor:
-        """The same for a video that comes in chunks, so that there need not be all of it at once.
+        Tiles come one after the other, each through all frames, and then the part that needs whole frames; nothing is
+        blended. The video is asked for a tile of 4 frames at a time.
 
         Args:
-            chunks: gives them from the first on, as often as it is called: [B, 3, 1, H, W], then t - 1 times
-                [B, 3, 4, H, W], on the VAE's device.
-            shape: of the whole: B, T, H, W.
+            pixels: gives a window of the video.
+            shape: B, T, H, W.
             plan: what is encoded at once.
 
         Returns:
-            [B, C, t, h, w] in float32.
+            [B, C, t, h, w] in float32, C = z_dim.
 
         Raises:
-            UsageError: as `encode`, or the plan has more tiles on a side than there are latents.
+            UsageError: T is not 4n + 1, or a side is not a multiple of 8 (the official code drops what is left over),
+                the plan has more tiles on a side than there are latents, or the encoder was dropped.
 
-        Memory: `wan21.vae.encode_plan.EncodeBudget.num_bytes`. For whole frames at T = 4 and full resolution
+        Memory: `wan21.vae.encode_budget.EncodeBudget.num_bytes`. For whole frames at T = 4 and full resolution
         [B, base_dim, 3T + 2, H, W] beside the past of 26 layers, which at 832 x 480 is 2.2 GB in float32; neither grows
         with the number of frames. With tiles the same for a tile with its halo, and beside it the features of all
         latent frames, [B, 4 base_dim, t, h, w].
         """
         if self.encoder is None or self.conv1 is None:
-            raise UsageError("this VAE has no encoder any more; load it again, and do not call drop_encoder")
+            raise UsageError(NO_ENCODER)
         batch, num_frames, height, width = shape
         t, h, w = self._latent_shape(num_frames, height, width)
         device = self.conv2.weight.device
         mean, inverse_std = _latent_statistics(device)
         latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=device)
+        if plan.num_tiles > 1:
+            features = iter(self._local_of_all(pixels, (batch, t, h, w), plan).split(1, dim=2))
+        else:
+            features = self._local(pixels, t, (slice(0, height), slice(0, width)), Past(), plan)
         past = Past()
-        for i, features in enumerate(self._features(self.encoder, chunks, (batch, t, h, w), plan, past)):
+        for i in range(t):
             past.is_first, past.is_last = i == 0, i == t - 1
-            mu = self.conv1(self.encoder.low(features, past))[:, : self.z_dim]
+            mu = self.conv1(self.encoder.low(next(features), past))[:, : self.z_dim]
             latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
-            del features, mu  # or they would stand beside the next ones
+            del mu  # or it would stand beside the next one
         return latents
 
-    def _features(
-        self,
-        encoder: Encoder,
-        chunks: Callable[[], Iterable[Tensor]],
-        latent_shape: tuple[int, int, int, int],
-        plan: DecodePlan,
-        past: Past,
-    ) -> Iterator[Tensor]:
-        """The encoder's high part for each latent frame, [B, C', 1, h, w].
+    def encode_budget(self, shape: tuple[int, int, int, int]) -> EncodeBudget:
+        """Bytes and work of plans for encoding B, T, H, W pixels.
 
-        Args:
-            encoder: of this VAE.
-            chunks: of pixels.
-            latent_shape: B, t, h, w.
-            plan: what is encoded at once.
-            past: of the pass over whole frames; tiles have pasts of their own, which are gone when the first one comes.
+        Raises:
+            UsageError: as `encode_pixels`.
         """
-        batch, t, h, w = latent_shape
-        if plan.num_tiles == 1:
-            for i, chunk in enumerate(chunks()):
-                past.is_first, past.is_last = i == 0, i == t - 1
-                yield encoder.high(self._as_input(chunk), past, frames_at_once=plan.frames_at_once)
-                del chunk
-            return
-        parameter = self.conv2.weight
-        features = torch.empty(
-            (batch, encoder.high_dim, t, h, w),
-            dtype=parameter.dtype,
-            device=parameter.device,
-            memory_format=torch.channels_last_3d,
-        )
-        for tile in encode_tiles(encoder, plan, h, w):
-            rows, cols = (strip.kept(self.spatial_stride) for strip in (tile.rows, tile.cols))
-            own = Past()
-            for i, chunk in enumerate(chunks()):
-                own.is_first, own.is_last = i == 0, i == t - 1
-                pixels = self._as_input(chunk[..., tile.rows.pixels.as_slice(), tile.cols.pixels.as_slice()])
-                computed = encoder.high(pixels, own, frames_at_once=plan.frames_at_once)
-                features[:, :, i : i + 1, tile.rows.latents.as_slice(), tile.cols.latents.as_slice()] = computed[
-                    ..., rows, cols
-                ]
-                del chunk, pixels, computed
-            del own
-        yield from features.split(1, dim=2)
+        if self.encoder is None:
+            raise UsageError(NO_ENCODER)
+        batch, num_frames, height, width = shape
+        latent_shape = self._latent_shape(num_frames, height, width)
+        itemsize = self.conv2.weight.element_size()
+        return EncodeBudget(self.encoder, latent_shape, itemsize=itemsize, batch_size=batch)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """The video of some normalised latents, as many frames at a time as a latent frame gives.
@@ -214,16 +189,16 @@ class Vae(nn.Module):
         self.decoder.lay_out()
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
-        features = self._low_of_all(z) if plan.num_tiles > 1 else None
-        for tile in wanted:
+        features = self._low_of_all(z, plan) if plan.num_tiles > 1 else None
+        for tile in plan.tiles(wanted):
             if features is None:
-                past, chunks = Past(), self._low(z)
+                past, chunks = Past(), self._low(z, plan)
             else:
                 past = Past(tile.crops())
                 part = features[..., tile.rows.features.as_slice(), tile.cols.features.as_slice()]
                 chunks = iter(part.split(1, dim=2))
             start = 0
-            for i in range(t):
+            for i in plan.latent_frames(t):
                 past.is_first, past.is_last = i == 0, i == t - 1
                 stop = start + (1 if i == 0 else self.temporal_stride)
                 # Not named, here and in the decoder: a name would keep its value alive beside what follows from it.
@@ -257,18 +232,46 @@ class Vae(nn.Module):
             video[:, :, piece.frames, piece.rows, piece.cols] = piece.pixels
         return video
 
-    def _low(self, z: Tensor) -> Iterator[Tensor]:
+    def _local(
+        self, pixels: Pixels, num_latent_frames: int, window: tuple[slice, slice], past: Past, plan: DecodePlan
+    ) -> Iterator[Tensor]:
+        """The encoder's local parts for each latent frame of a window of the video: t times [B, C', 1, h', w']."""
+        encoder = cast("Encoder", self.encoder)
+        for i in range(num_latent_frames):
+            past.is_first, past.is_last = i == 0, i == num_latent_frames - 1
+            frames = slice(max(0, self.temporal_stride * (i - 1) + 1), self.temporal_stride * i + 1)
+            # Not named: a name would keep its value alive beside what follows from it.
+            yield encoder.mid(
+                encoder.high(self._as_input(pixels(frames, *window)), past, frames_at_once=plan.frames_at_once), past
+            )
+
+    def _local_of_all(self, pixels: Pixels, shape: tuple[int, int, int, int], plan: DecodePlan) -> Tensor:
+        """The same for the whole video, tile after tile, [B, C', t, h, w], channels last."""
+        encoder = cast("Encoder", self.encoder)
+        batch, t, h, w = shape
+        weight = self.conv2.weight
+        size = (batch, encoder.low_dim, t, h, w)
+        features = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d)
+        for tile in encode_tiles(encoder, plan, h, w):
+            window = tile.rows.pixels.as_slice(), tile.cols.pixels.as_slice()
+            part = features[..., tile.rows.features.as_slice(), tile.cols.features.as_slice()]
+            of_tile = self._local(pixels, t, window, Past(tile.crops()), plan)
+            for i in range(t):
+                part[:, :, i : i + 1] = next(of_tile)
+        return features
+
+    def _low(self, z: Tensor, plan: DecodePlan) -> Iterator[Tensor]:
         """The low part's result for each latent frame of z [B, C, t, h, w]: t times [B, C', 1, h, w]."""
         past = Past()
-        for i in range(z.shape[2]):
+        for i in plan.latent_frames(z.shape[2]):
             past.is_first, past.is_last = i == 0, i == z.shape[2] - 1
             yield self.decoder.low(z[:, :, i : i + 1], past)
 
-    def _low_of_all(self, z: Tensor) -> Tensor:
+    def _low_of_all(self, z: Tensor, plan: DecodePlan) -> Tensor:
         """The same in one tensor, [B, C', t, h, w], channels last."""
         shape = (z.shape[0], self.decoder.low_dim, *z.shape[2:])
         features = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last_3d)
-        for i, frame in enumerate(self._low(z)):
+        for i, frame in zip(plan.latent_frames(z.shape[2]), self._low(z, plan), strict=True):
             features[:, :, i : i + 1] = frame
             del frame  # or it would stand beside the next one
         return features

@@ -4,10 +4,8 @@ Which ones these are is not written down a second time: decoding runs on tensors
 and those that differ in more than height and width run once on tiny tensors.
 """
 
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from wan21.config import VaeConfig
+from wan21.runtime import Runtime
 from wan21.vae.plan import DecodePlan
 from wan21.vae.vae import Vae
 
@@ -23,8 +22,6 @@ NUM_LATENT_FRAMES = 3
 """The first, one that has a single frame before it, and one like all that follow."""
 
 LATENT_SIDE = 2
-
-MOST_THREADS = 8
 
 Launch: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -68,25 +65,26 @@ def launches(config: VaeConfig, dtype: torch.dtype, frames_at_once: int | None =
     return list(noted.found.values())
 
 
-@cache
-def warm_up(config: VaeConfig, dtype: torch.dtype, device: torch.device, frames_at_once: int | None = None) -> None:
+def warm_up(config: VaeConfig, dtype: torch.dtype, runtime: Runtime, frames_at_once: int | None = None) -> None:
     """Compiles, or takes from Triton's cache on disk, all that decoding with `kernels="fused"` launches.
 
-    Memory: some 16 MiB of weights for each of a few threads; nothing stays but the kernels.
+    Memory: in passing, some 16 MiB of weights for each kernel that is compiled at the same time.
 
     Args:
         config: sizes of the VAE.
         dtype: its number format.
-        device: where it will run.
+        runtime: where it will run; without kernels to compile it does nothing.
         frames_at_once: of the plan by which it will decode.
     """
 
     def real(value: object) -> object:
-        return torch.zeros_like(value, device=device) if isinstance(value, Tensor) else value
+        return torch.zeros_like(value, device=runtime.device) if isinstance(value, Tensor) else value
 
-    def launch(one: Launch) -> None:
-        func, args = one
+    def launch(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         func(*tree_map(real, args))
 
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(torch.no_grad()(launch), launches(config, dtype, frames_at_once)))
+    def calls() -> Iterator[Callable[[], object]]:
+        for func, args in launches(config, dtype, frames_at_once):
+            yield partial(launch, func, args)
+
+    runtime.run_ahead(calls())

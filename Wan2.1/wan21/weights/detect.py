@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from wan21.config import MODELS, DitConfig, ModelSpec, Task
+from wan21.config import MODELS, DitConfig, ModelSpec, Task, VaceConfig
 from wan21.errors import CheckpointError
 from wan21.weights.safetensors_header import StoredTensor
 
@@ -18,10 +18,12 @@ OFFICIAL_HEAD_DIM = 128
 PATCH_VOLUME = 4  # a token is a patch of 1 x 2 x 2 latents
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_VACE_BLOCK = re.compile(r"vace_blocks\.(\d+)\.")
+_VACE_WIDTH = "vace_patch_embedding.weight"
 _IMAGE_WIDTH = "img_emb.proj.0.weight"
 _IMAGE_POSITIONS = "img_emb.emb_pos"
 _KINDS = (
-    ("vace_patch_embedding.weight", "vace"),
+    (_VACE_WIDTH, "vace"),
     (_IMAGE_POSITIONS, "flf2v"),
     (_IMAGE_WIDTH, "i2v"),
 )
@@ -48,11 +50,12 @@ def detect(
     _, freq_dim = _shape(tensors, "time_embedding.0.weight", 2)
     ffn_dim, _ = _shape(tensors, "blocks.0.ffn.0.weight", 2)
     patch_dim, _ = _shape(tensors, "head.head.weight", 2)
+    num_layers = _num_blocks(tensors, "blocks", _BLOCK)
     return kind, DitConfig(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=_num_heads(dim, config, expected),
-        num_layers=_num_layers(tensors),
+        num_layers=num_layers,
         in_dim=in_dim,
         out_dim=patch_dim // PATCH_VOLUME,
         freq_dim=freq_dim,
@@ -61,6 +64,7 @@ def detect(
         eps=_number(config, "eps", expected.eps),
         image_dim=_shape(tensors, _IMAGE_WIDTH, 1)[0] if _IMAGE_WIDTH in tensors else 0,
         num_image_positions=_shape(tensors, _IMAGE_POSITIONS, 3)[1] if _IMAGE_POSITIONS in tensors else 0,
+        vace=_vace(tensors, config, num_layers) if _VACE_WIDTH in tensors else None,
     )
 
 
@@ -92,9 +96,15 @@ def require_match(folder: Path, kind: str, found: DitConfig, spec: ModelSpec) ->
 
 def _describe(config: DitConfig, names: list[str]) -> str:
     return ", ".join(
-        f"{getattr(config, name)} {_WORDS[name]}" if name in _WORDS else f"{name} {getattr(config, name)}"
+        f"{getattr(config, name)} {_WORDS[name]}" if name in _WORDS else f"{name} {_value(config, name)}"
         for name in names
     )
+
+
+def _value(config: DitConfig, name: str) -> str:
+    if name == "vace" and config.vace is not None:
+        return f"of {config.vace.in_dim} channels beside the blocks {', '.join(map(str, config.vace.layers))}"
+    return str(getattr(config, name)).lower()
 
 
 def _shape(tensors: Mapping[str, StoredTensor], name: str, rank: int) -> tuple[int, ...]:
@@ -119,12 +129,26 @@ def _number(config: Mapping[str, Any], name: str, default: float) -> float:
     return value
 
 
-def _num_layers(tensors: Mapping[str, StoredTensor]) -> int:
-    found = {int(match[1]) for match in map(_BLOCK.match, tensors) if match}
+def _vace(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], num_layers: int) -> VaceConfig:
+    """Which blocks have one of VACE beside them: what config.json says, or else evenly spread, as the released ones."""
+    num_blocks = _num_blocks(tensors, "vace_blocks", _VACE_BLOCK)
+    layers = config.get("vace_layers", list(range(0, num_layers, max(1, num_layers // num_blocks)))[:num_blocks])
+    if not isinstance(layers, list) or len(layers) != num_blocks or {*map(type, layers)} != {int}:
+        raise CheckpointError(
+            f"vace_layers={layers} in config.json names no place for each of the {num_blocks} vace_blocks; "
+            "fetch this file again"
+        )
+    return VaceConfig(layers=tuple(layers), in_dim=_shape(tensors, _VACE_WIDTH, 5)[1])
+
+
+def _num_blocks(tensors: Mapping[str, StoredTensor], name: str, pattern: re.Pattern[str]) -> int:
+    found = {int(match[1]) for match in map(pattern.match, tensors) if match}
+    if not found:
+        raise CheckpointError(f"no tensor of {name} is in the diffusion_pytorch_model files; fetch the folder again")
     absent = sorted(set(range(max(found) + 1)) - found)
     if absent:
         raise CheckpointError(
-            f"blocks {', '.join(map(str, absent))} of {max(found) + 1} have no tensors in the diffusion_pytorch_model "
+            f"{name} {', '.join(map(str, absent))} of {max(found) + 1} have no tensors in the diffusion_pytorch_model "
             "files; fetch the folder again"
         )
     return len(found)

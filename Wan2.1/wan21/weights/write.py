@@ -82,8 +82,8 @@ def write_config(folder: Path, spec: ModelSpec) -> Path:
     """The DiT's config.json, with the keys that the released ones have."""
     dit = spec.dit
     path = folder / inspect.CONFIG_FILE
-    content = {
-        "_class_name": "WanModel",
+    content: dict[str, object] = {
+        "_class_name": "WanModel" if dit.vace is None else "VaceWanModel",
         "_diffusers_version": "0.30.0",
         "dim": dit.dim,
         "eps": dit.eps,
@@ -96,6 +96,8 @@ def write_config(folder: Path, spec: ModelSpec) -> Path:
         "out_dim": dit.out_dim,
         "text_len": dit.text_len,
     }
+    if dit.vace is not None:
+        content |= {"vace_in_dim": dit.vace.in_dim, "vace_layers": list(dit.vace.layers)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 

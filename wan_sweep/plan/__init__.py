@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from wan_sweep.cards import DEFAULT_CARD, card_like, card_named
 from wan_sweep.convert import Candidate
 from wan_sweep.environment import Machine
-from wan_sweep.errors import RecordError
+from wan_sweep.errors import RecordError, UsageError
+from wan_sweep.planner.client import chosen_for
 from wan_sweep.record import Record
-from wan_sweep.rules import Resolved, resolve
+from wan_sweep.rules import Resolved, card_of, resolve
 from wan_sweep.schema import AUTO, Job, Scalar, asked_key, job_key
 from wan_sweep.store import records_with, slug
 
@@ -153,7 +155,7 @@ def make_plan(
         environment=environment,
         notes=_notes(candidates, machine),
     )
-    resolved = [resolve(candidate.job, machine) for candidate in candidates]
+    resolved = [_resolved(candidate.job, machine) for candidate in candidates]
     keys = [
         job_key(one.job, candidate.repeat, weights=one.weights, sources=one.sources)
         for one, candidate in zip(resolved, candidates, strict=True)
@@ -177,11 +179,23 @@ def make_plan(
 
 def single_entry(plan: Plan, candidate: Candidate, machine: Machine, number: int) -> PlannedJob:
     """The entry of a job that a sweeper chose just now."""
-    one = resolve(candidate.job, machine)
+    one = _resolved(candidate.job, machine)
     key = job_key(one.job, candidate.repeat, weights=one.weights, sources=one.sources)
     entry = _entry(candidate, one, key, number=number, width=1)
     older = list(records_with(Path(candidate.job.output_root), {key})) if candidate.job.resume else []
     return _look_up(entry, older, plan)
+
+
+def _resolved(job: Job, machine: Machine) -> Resolved:
+    """The job with everything decided, also which knobs make it fit into `vram_gib`."""
+    one = resolve(job, machine)
+    if one.refusal or one.job.vram_gib is None:
+        return one
+    try:
+        knobs, _ = chosen_for(one.job, card_named(card_of(one.job, machine)))
+    except UsageError as error:
+        return dataclasses.replace(one, refusal=str(error))
+    return dataclasses.replace(one, job=one.job.replace(**knobs))
 
 
 def _entry(candidate: Candidate, one: Resolved, key: str, *, number: int, width: int) -> PlannedJob:
@@ -240,17 +254,41 @@ def _settles(record: Record, *, retry_failed: bool) -> bool:
 
 
 def _notes(candidates: Sequence[Candidate], machine: Machine) -> tuple[str, ...]:
-    chosen = [resolve(candidate.job, machine).job for candidate in candidates if candidate.job.model == AUTO]
-    kinds = {(job.model, job.device): job for job in chosen}
-    notes = [f"model=auto is {job.model}: {_why(job, machine)}." for job in kinds.values()]
-    return tuple(notes)
+    resolved = [(candidate.job, resolve(candidate.job, machine).job) for candidate in candidates]
+    fitted = [_fitted_note(job, machine) for _, job in resolved if job.vram_gib is not None]
+    chosen = {(job.model, job.mode, job.device): job for asked, job in resolved if asked.model == AUTO}
+    notes = [f"model=auto is {job.model}: {_why(job, machine)}." for job in chosen.values()]
+    estimated = {job.card: (asked, job) for asked, job in resolved if job.mode == "estimate"}
+    return (
+        *notes,
+        *dict.fromkeys(filter(None, fitted)),
+        *(_card_note(asked, job, machine) for asked, job in estimated.values()),
+    )
+
+
+def _fitted_note(job: Job, machine: Machine) -> str:
+    """What was chosen for `vram_gib`; empty where nothing fits, which is a refusal."""
+    try:
+        return chosen_for(job, card_named(card_of(job, machine)))[1]
+    except UsageError:
+        return ""
+
+
+def _card_note(asked: Job, job: Job, machine: Machine) -> str:
+    """For which card, and why for this one."""
+    how = f"Estimated for the {job.card}, not measured"
+    if asked.card is not None:
+        return f"{how}."
+    if job.card == DEFAULT_CARD and not any(card_like(gpu.name, gpu.total_bytes) for gpu in machine.gpus):
+        return f"{how}; another card: card=NAME; a real run on this machine's CPU: model=tiny device=cpu."
+    if not machine.num_gpus:
+        return f"{how}, since torch {machine.torch_version} cannot use the {machine.gpus[0].name} that is here."
+    return f"{how}; that is the GPU here, and card=NAME names another."
 
 
 def _why(job: Job, machine: Machine) -> str:
+    if job.mode == "estimate":
+        return "the jobs are estimated"
     if job.device == "cuda":
         return f"the job runs on the {machine.gpus[0].name}" if machine.num_gpus else "device=cuda was asked for"
-    if machine.num_gpus:
-        return "device=cpu was asked for"
-    if machine.gpus:
-        return f"torch {machine.torch_version} cannot use the {machine.gpus[0].name}, so the jobs run on the CPU"
-    return "this machine has no NVIDIA GPU, so the jobs run on its CPU"
+    return "the job runs on the CPU"

@@ -1,0 +1,124 @@
+"""Lower bounds, the clock of estimates, the allocator's settings, and the cards, against numbers made by hand."""
+
+from typing import Any
+
+import pytest
+
+from wan21.config import MODELS, DitConfig, Options, make_request
+from wan_sweep.allocator import Settings, settings_of
+from wan_sweep.cards import CARDS, card_like, card_named
+from wan_sweep.estimate.clock import LowerBoundClock, all_steps
+from wan_sweep.estimate.lower_bound import decode_operations, dit_operations, lower_bounds
+from wan_sweep.units import GIB, MIB
+
+H100 = card_named("H100-80GB")
+LARGE = MODELS["t2v-14B"]
+
+
+def test_a_forward_of_the_14b_model_takes_what_is_known_of_it() -> None:
+    # 4 L^2 D a block of attention, and 2 x parameters x L: measured limits on an H100 are 10.8 s at 790 TFLOP/s.
+    dit = LARGE.dit
+    tokens = 75_600
+    by_hand = dit.num_layers * (4 * tokens**2 * dit.dim) + 2 * 14e9 * tokens
+    assert dit_operations(dit, tokens) == pytest.approx(by_hand, rel=0.06)
+
+
+def test_decoding_takes_the_multiply_adds_that_the_decoder_counts() -> None:
+    import torch
+
+    from wan21.config import WAN_VAE
+    from wan21.vae import WHOLE, Budget
+    from wan21.vae.vae import Vae
+
+    with torch.device("meta"):
+        decoder = Vae(WAN_VAE).decoder
+    counted = 2 * 20 * Budget(decoder, (21, 60, 104), itemsize=4).work(WHOLE)
+    assert decode_operations(WAN_VAE, (21, 60, 104)) == pytest.approx(counted, rel=0.05)
+
+
+def test_streamed_weights_bound_a_step_by_the_link_and_resident_ones_do_not() -> None:
+    request = make_request(LARGE, seed=0, frame_num=1, size="832*480")
+    full, block, resident = (
+        lower_bounds(LARGE, options, request, H100)["step"]
+        for options in (Options(), Options(load_strategy="block"), Options(load_strategy="block", resident_gib=40))
+    )
+    assert block == pytest.approx(2 * 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824) / H100.link_bandwidth)
+    assert full == resident < block
+
+
+def test_a_step_of_two_videos_takes_twice_as_long_as_that_of_one() -> None:
+    request = make_request(LARGE, seed=0, batch_size=2, micro_batch_size=2)
+    two = lower_bounds(LARGE, Options(), request, H100)
+    one = lower_bounds(LARGE, Options(), make_request(LARGE, seed=0), H100)
+    assert two["step"] == 2 * one["step"]
+    assert two["denoise"] == 2 * one["denoise"] == 100 * one["step"]
+    assert DitConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1).head_dim == 4
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def write(self, event: dict[str, Any], *, is_urgent: bool) -> None:
+        assert is_urgent
+        self.events.append(event)
+
+
+def event(kind: str, name: str, which: str, index: int | None = None, **more: Any) -> dict[str, Any]:
+    total = 4 if kind == "step" else None
+    return {"kind": kind, "name": name, "event": which, "index": index, "total": total, "seconds": 9.0, **more}
+
+
+def test_events_happen_where_the_lower_bounds_put_them_and_the_last_step_is_the_real_last() -> None:
+    kept = Kept()
+    clock = LowerBoundClock(kept, {"denoise": 100.0, "step": 2.0}, load_bandwidth=10.0, num_steps=50, num_run=4)
+    events = [event("phase", "load", "begin"), event("component", "dit", "begin")]
+    events += [event("component", "dit", "end", moved_bytes=30), event("phase", "load", "end")]
+    events += [event("phase", "denoise", "begin")]
+    events += [event("step", "step", which, index) for index in range(4) for which in ("begin", "end")]
+    events += [event("phase", "denoise", "end")]
+    for one in events:
+        clock.write(one, is_urgent=True)
+    assert clock.seconds == {"load": 3.0, "denoise": 100.0}
+    steps = [one for one in kept.events if one["kind"] == "step" and one["event"] == "end"]
+    assert [(one["index"], one["total"]) for one in steps] == [(0, 50), (1, 50), (2, 50), (49, 50)]
+    assert [one["seconds"] for one in steps] == [2.0] * 4
+    assert kept.events[-1]["elapsed_s"] == 103.0
+    assert kept.events[-1]["time"] - kept.events[0]["time"] == pytest.approx(103.0)
+
+
+def test_a_series_has_all_steps_of_the_run_for_each_group_of_videos() -> None:
+    assert all_steps([1, 2, 3, 4], num_steps=4, num_run=4) == [1, 2, 3, 4]
+    assert all_steps([1, 2, 3, 4, 5, 6, 7, 8], num_steps=6, num_run=4) == [1, 2, 3, 3, 3, 4, 5, 6, 7, 7, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("conf", "settings", "unknown"),
+    [
+        ("", Settings(), ()),
+        ("expandable_segments:True", Settings(expandable_segments=True), ()),
+        (
+            "max_split_size_mb:64, roundup_power2_divisions:4",
+            Settings(max_split_bytes=64 * MIB, roundup_divisions=(4,)),
+            (),
+        ),
+        ("backend:native,garbage_collection_threshold:0.8", Settings(), ("garbage_collection_threshold:0.8",)),
+        (
+            "roundup_power2_divisions:[256:1,>:8],pinned_use_background_threads:True",
+            Settings(),
+            ("roundup_power2_divisions:[256:1,>:8]",),
+        ),
+    ],
+)
+def test_the_allocators_settings_are_read_as_torch_reads_them(
+    conf: str, settings: Settings, unknown: tuple[str, ...]
+) -> None:
+    assert settings_of({"PYTORCH_CUDA_ALLOC_CONF": conf}) == (settings, unknown)
+    assert settings_of({"PYTORCH_ALLOC_CONF": conf}) == (settings, unknown)
+
+
+def test_a_gpu_is_known_by_its_name_and_size() -> None:
+    assert card_like("NVIDIA A100-SXM4-40GB", 40 * GIB) is CARDS["A100-40GB"]
+    assert card_like("NVIDIA A100-SXM4-80GB", 80 * GIB) is CARDS["A100-80GB"]
+    assert card_like("NVIDIA GeForce RTX 4060 Ti", 16 * GIB) is None
+    assert all(card.half_flops >= card.tf32_flops >= card.fp32_flops for card in CARDS.values())

@@ -1,0 +1,161 @@
+"""The search for the fastest configuration, with a made-up estimator that answers at once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from wan21.errors import UsageError
+from wan_sweep.cards import card_named
+from wan_sweep.environment import Machine
+from wan_sweep.plan.__main__ import main
+from wan_sweep.planner.client import margin_of, nearest_card
+from wan_sweep.planner.ladder import ladders
+from wan_sweep.planner.search import Found, Search
+from wan_sweep.rules import resolve
+from wan_sweep.schema import Job, Scalar
+from wan_sweep.units import GIB
+
+CONTEXT_GIB, MARGIN_GIB = 0.5, 0.25
+T5, DIT, VAE = 10.6, 2.7, 0.5
+MOST_ESTIMATES = 12
+
+
+def job(**knobs: Scalar) -> Job:
+    asked = Job(model="t2v-1.3B", mode="estimate", card="RTX4060-8GB").replace(**knobs)
+    return resolve(asked, Machine()).job
+
+
+class MadeUp:
+    """An estimator with simple sums in place of a pipeline."""
+
+    def __init__(self) -> None:
+        self.asked: list[Job] = []
+
+    def __call__(self, one: Job) -> Mapping[str, Any]:
+        self.asked.append(one)
+        kept = {"full": 100.0, "block": float(one.resident_gib) + 0.4, "part": 0.2}[one.load_strategy]
+        text, dit = min(T5, kept + 2.0), min(DIT, kept)
+        activations = one.frame_num / 81 * (0.6 if one.attention_slicing else 1.0)
+        whole = 5.5 * (0.5 if one.vae_precision == "bf16" else 1.0)
+        if one.vae_budget_gib is not None and one.vae_budget_gib < 0.4:
+            raise UsageError("budget_bytes is too little")
+        decode = VAE + min(whole, one.vae_budget_gib or whole)
+        beside = 0.0 if one.offload else T5 + DIT + VAE
+        needs = {
+            "load": beside or max(text, dit),
+            "encode_text": beside or text,
+            "denoise": activations + (beside or dit),
+            "decode": decode + beside,
+        }
+        return {"metrics": {f"memory/peak/{name}/reserved_bytes": int(gib * GIB) for name, gib in needs.items()}}
+
+
+def search(vram_gib: float, made_up: MadeUp) -> Search:
+    return Search(
+        card_named("RTX4060-8GB"),
+        vram_bytes=int(vram_gib * GIB),
+        margin_bytes=int(MARGIN_GIB * GIB),
+        context_bytes=int(CONTEXT_GIB * GIB),
+        estimate=made_up,
+        say=lambda words: None,  # noqa: ARG005
+    )
+
+
+def fastest(vram_gib: float, **knobs: Scalar) -> tuple[Found, MadeUp]:
+    made_up = MadeUp()
+    return search(vram_gib, made_up).fastest(job(**knobs)), made_up
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "knobs"),
+    [
+        (24, {}),
+        (12, {"offload": True}),
+        (8, {"offload": True, "load_strategy": "block"}),
+        (6, {"offload": True, "load_strategy": "block", "vae_budget_gib": 4.0}),
+        (3, {"offload": True, "load_strategy": "part", "vae_budget_gib": 1.5}),
+    ],
+)
+def test_the_fastest_that_fits_is_found_with_few_estimates(vram_gib: float, knobs: dict[str, Scalar]) -> None:
+    found, made_up = fastest(vram_gib)
+    assert found.best is not None
+    assert {name: value for name, value in found.best.knobs.items() if name != "resident_gib"} == knobs
+    assert found.best.needed_bytes <= (vram_gib - MARGIN_GIB) * GIB
+    assert len(made_up.asked) <= MOST_ESTIMATES
+    assert len(set(made_up.asked)) == len(made_up.asked)
+    assert all(one.excess for one in found.refused)
+    assert not any(one.excess for one in found.others)
+
+
+def test_what_stays_on_the_card_is_as_much_as_fits() -> None:
+    found, _ = fastest(8)
+    assert found.best is not None
+    assert found.best.knobs["resident_gib"] == 3.0  # all of the transformer
+    found, _ = fastest(5)
+    assert found.best is not None
+    assert found.best.knobs["resident_gib"] == 1.5  # with it T5 takes 3.9 of 4.25 GiB, and with 2.0 it takes 4.4
+
+
+def test_what_the_user_chose_stays() -> None:
+    found, made_up = fastest(6, vae_precision="fp16", load_strategy="block")
+    assert found.best is not None
+    assert {one.vae_precision for one in made_up.asked} == {"fp16"}
+    assert {one.load_strategy for one in made_up.asked} == {"block"}
+
+
+def test_where_nothing_fits_there_is_no_best_and_all_were_refused() -> None:
+    found, made_up = fastest(1)
+    assert found.best is None
+    assert found.others == ()
+    assert found.refused
+    assert len(made_up.asked) <= 2 * MOST_ESTIMATES
+
+
+def test_a_refused_budget_is_not_followed_by_smaller_ones_of_the_same_format() -> None:
+    _, made_up = fastest(1.6)
+    refused = [one for one in made_up.asked if (one.vae_budget_gib or 1) < 0.4]
+    assert len(refused) <= 2
+
+
+def test_the_most_frames_that_fit_need_more_when_one_step_longer() -> None:
+    made_up = MadeUp()
+    one = search(4, made_up)
+    largest = one.largest(job(), "frame_num")
+    assert largest is not None
+    room = 4 - CONTEXT_GIB - MARGIN_GIB
+    needed = 0.2 + largest.frame_num / 81 * 0.6
+    assert needed <= room < needed + 4 / 81 * 0.6
+    assert one.largest(job(), "size").size in {"832*480", "480*832"}
+    assert search(0.8, made_up).largest(job(), "frame_num") is None
+
+
+def test_weights_that_alone_do_not_fit_are_no_rung() -> None:
+    rungs = ladders(job(), 8 * GIB).denoise
+    assert all(knobs["load_strategy"] != "full" for knobs in rungs)
+    assert ladders(job(t5_cpu=True), 8 * GIB).denoise[0]["load_strategy"] == "full"
+
+
+def test_cards_are_found_by_size_and_a_margin_is_kept() -> None:
+    assert nearest_card(8 * GIB).name == "RTX4060-8GB"
+    assert margin_of(8 * GIB) == GIB // 4
+    assert margin_of(100 * GIB) == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=t2v-1.3B"], "for which card? give vram_gib=8, or card=NAME"),
+        (["card=TITAN"], "card=TITAN is not known; choose H100-80GB"),
+        (["vram_gib=0"], "vram_gib=0 cannot be: choose a number above 0"),
+        (["vram_gib=8", "max=prompt"], "max=prompt cannot be: choose frame_num or size"),
+        (["vram_gib=8", "nonsense=1"], "there is no knob nonsense"),
+        (["vram_gib=8", "precision=fp16,bf16"], "a plan is for one workload"),
+        (["vram_gib=8", "model=t2v-1.3B", "frame_num=80"], "frame_num=80 is not of the form 4n+1"),
+    ],
+)
+def test_a_question_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""How long a job takes at the least: operations over the card's rate, bytes over its bandwidths. No torch in here.
+
+Only what cannot be avoided is counted: products of matrices, attention and convolutions at the vendor's peak rate, each
+weight read once a forward, streamed weights over the link. Everything else is taken to be free, and work that can go on
+side by side to do so. A real run takes longer, on an H100 some 1.5 times.
+
+Letters: L tokens; D model width; M feed-forward width; S prompt tokens; t, h, w of the latents.
+"""
+
+from collections.abc import Mapping
+
+from wan21.config import DitConfig, ModelSpec, Options, Request, TextEncoderConfig, VaeConfig
+from wan_sweep.cards import Card
+from wan_sweep.units import GIB
+
+ITEM_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+OPERATIONS_PER_PRODUCT = 2
+"""A multiplication and an addition."""
+KERNEL = 27
+"""Numbers in a convolution's kernel of 3 x 3 x 3."""
+
+
+def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card) -> dict[str, float]:
+    """Seconds that a phase takes at the least, by its name; `step` is one denoising step."""
+    forwards = 1 if request.guide_scale == 1 else 2
+    dit_bytes = dit_block_numbers(spec.dit) * spec.dit.num_layers * ITEM_BYTES[options.precision]
+    t5_bytes = text_block_numbers(spec.text) * spec.text.num_layers * ITEM_BYTES[options.t5_precision]
+    videos_at_once = min(request.micro_batch_size, request.batch_size)
+    num_groups = -(-request.batch_size // videos_at_once)
+    work = dit_operations(spec.dit, request.shape.num_tokens) * videos_at_once
+    rate = card.fp32_flops if options.precision == "fp32" else card.half_flops
+    step = forwards * max(work / rate, _weights_seconds(dit_bytes, options, card))
+    vae_rate = card.tf32_flops if options.vae_precision == "fp32" else card.half_flops
+    bounds = {
+        "encode_text": 0.0 if options.t5_cpu else forwards * _weights_seconds(t5_bytes, options, card),
+        "step": step,
+        "denoise": num_groups * request.num_steps * step,
+        "decode": request.batch_size * decode_operations(spec.vae, request.shape.latent) / vae_rate,
+    }
+    return {**bounds, "total": bounds["encode_text"] + bounds["denoise"] + bounds["decode"]}
+
+
+def _weights_seconds(num_bytes: int, options: Options, card: Card) -> float:
+    """To read weights once: from the card's memory, and what is streamed over the link at the same time."""
+    streamed = 0.0 if options.load_strategy == "full" else max(0.0, num_bytes - options.resident_gib * GIB)
+    return max(num_bytes / card.memory_bandwidth, streamed / card.link_bandwidth)
+
+
+def dit_block_numbers(dit: DitConfig) -> int:
+    """Weights in the matrices of one transformer block: eight of attention, two of the feed-forward."""
+    return 8 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim
+
+
+def text_block_numbers(text: TextEncoderConfig) -> int:
+    """Weights in the matrices of one block of T5: four of attention, three of the gated feed-forward."""
+    return 4 * text.dim**2 + 3 * text.dim * text.ffn_dim
+
+
+def dit_operations(dit: DitConfig, num_tokens: int) -> float:
+    """Operations of one forward on one video; keys and values of the prompt are left out."""
+    linear = num_tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
+    attention = 2 * num_tokens * (num_tokens + dit.text_len) * dit.dim
+    return float(OPERATIONS_PER_PRODUCT * dit.num_layers * (linear + attention))
+
+
+def decode_operations(vae: VaeConfig, latent: tuple[int, int, int]) -> float:
+    """Operations that decoding t x h x w latents takes, without tiles, whose halos are computed twice.
+
+    The first latent frame gives one frame and is convolved with a part of each kernel; it is left out.
+    """
+    frames, height, width = latent
+    dims = [vae.base_dim * multiplier for multiplier in reversed(vae.multipliers)]
+    in_time = [*reversed(vae.temporal_downsample), False]
+    positions = height * width
+    dim = dims[0]
+    products = positions * KERNEL * (vae.z_dim * dim + 4 * dim**2)
+    for level, level_dim in enumerate(dims):
+        for _ in range(vae.num_res_blocks + 1):
+            products += positions * KERNEL * (dim * level_dim + level_dim**2)
+            dim = level_dim
+        if level < len(dims) - 1:
+            positions *= (2 if in_time[level] else 1) * 4
+            dim //= 2
+            products += positions * 9 * (2 * dim * dim)  # a convolution of each frame, 3 x 3
+    products += positions * KERNEL * dim * 3
+    return float(OPERATIONS_PER_PRODUCT * products * max(0, frames - 1))

@@ -1,0 +1,112 @@
+"""Asks a child process for a plan, since estimates need torch and whoever plans a sweep must not import it."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from wan21.errors import UsageError
+from wan_sweep.cards import CARDS, Card
+from wan_sweep.launch import worker_environment
+from wan_sweep.schema import Job
+from wan_sweep.units import GIB, format_bytes
+
+PLANNER = (sys.executable, "-m", "wan_sweep.planner")
+MARGIN_SHARE = 0.02
+LEAST_MARGIN_BYTES = GIB // 4
+
+
+def margin_of(vram_bytes: int) -> int:
+    """What a plan leaves unused: 2 % of the card, and at least 256 MiB."""
+    return max(LEAST_MARGIN_BYTES, int(MARGIN_SHARE * vram_bytes))
+
+
+def nearest_card(vram_bytes: int) -> Card:
+    """The known card whose memory is nearest, for kernels and times where none is named."""
+    return min(CARDS.values(), key=lambda card: abs(card.device_bytes - vram_bytes))
+
+
+def ask(
+    job: Job,
+    card: Card,
+    *,
+    vram_bytes: int,
+    margin_bytes: int,
+    largest: str | None = None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What `search.Found` holds, as plain values, or `{"refusal": ...}`.
+
+    Args:
+        job: resolved.
+        card: for kernels and times.
+        vram_bytes: what there is.
+        margin_bytes: what stays unused.
+        largest: frame_num or size, to look for the largest workload that fits.
+        say: hears what is looked at.
+
+    Raises:
+        UsageError: the planner ended without an answer.
+    """
+    question = {
+        "job": job.to_dict(),
+        "card": card.name,
+        "vram_bytes": vram_bytes,
+        "margin_bytes": margin_bytes,
+        "largest": largest,
+    }
+    with subprocess.Popen(
+        PLANNER,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**worker_environment(), "CUDA_VISIBLE_DEVICES": ""},
+    ) as process:
+        if process.stdin is None or process.stdout is None:
+            raise UsageError("the planner could not be asked: it has no pipes")
+        process.stdin.write(json.dumps(question))
+        process.stdin.close()
+        answer: dict[str, Any] = {}
+        for line in process.stdout:
+            told = json.loads(line)
+            if "said" in told:
+                say(told["said"])
+            else:
+                answer = told
+    if process.returncode or not answer:
+        raise UsageError(
+            f"the planner ended with exit code {process.returncode} and no answer; its message stands above"
+        )
+    return answer
+
+
+def _mutter(job: Job, words: str) -> None:
+    sys.stderr.write(f"vram_gib={job.vram_gib:g}: {words}\n")
+    sys.stderr.flush()
+
+
+@functools.cache
+def chosen_for(job: Job, card: Card) -> tuple[Mapping[str, Any], str]:
+    """The knobs of the fastest configuration of a job with `vram_gib`, and the choice in words.
+
+    Raises:
+        UsageError: nothing fits.
+    """
+    vram_bytes = int((job.vram_gib or 0) * GIB)
+    margin = margin_of(vram_bytes)
+    asked = job.replace(vram_gib=None)
+    answer = ask(asked, card, vram_bytes=vram_bytes, margin_bytes=margin, say=lambda words: _mutter(job, words))
+    best = answer["best"]
+    if best is None:
+        least = min((one["needed_bytes"] for one in answer["refused"] if one["needed_bytes"]), default=0)
+        raise UsageError(
+            f"vram_gib={job.vram_gib:g} is too little for {job.model} at {job.size} with {job.frame_num} frames: the "
+            f"least found needs {format_bytes(least + margin)}, {format_bytes(margin)} of it kept free; choose fewer "
+            "frames, a smaller size, or a larger card"
+        )
+    knobs = best["knobs"]
+    words = " ".join(f"{name}={str(value).lower()}" for name, value in knobs.items()) or "no saving"
+    told = f"vram_gib={job.vram_gib:g}: {words}; {best['limited_by']}, and {format_bytes(margin)} stay free."
+    return knobs, told

@@ -315,7 +315,8 @@ def rounding() -> None:
     weight, bias = random(96, 96, 3, 3, 3, dtype=torch.float32) / 50, random(96, dtype=torch.float32)
     x = torch.stack(window, dim=2).contiguous(memory_format=torch.channels_last_3d)
     expected = functional.conv3d(x, weight, bias, padding=(0, 1, 1))
-    out, blocks = torch.empty_like(expected), blocks_for(shape.c_in, shape.c_out, shape.frames, 4)
+    out = torch.empty_like(expected, memory_format=torch.channels_last_3d)
+    blocks = blocks_for(shape.c_in, shape.c_out, shape.frames, 4)
     for name, made in (("cut off", lambda x: x), ("half away from zero", to_tf32), ("half to even", half_to_even)):
         flags = {"adds": False, "upsamples": False, "in_tf32": True}
         conv([made(frame) for frame in window], made(weight), bias, None, out, [], 0, 0, **flags, blocks=blocks)

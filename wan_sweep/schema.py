@@ -91,8 +91,8 @@ class Job:
     kernels: Annotated[
         Literal["auto"] | Kernels,
         Rule(
-            meaning="torch's operators, or fused kernels of our own between the DiT's products (GPU only); auto takes "
-            "those where they run."
+            meaning="torch's operators, or fused kernels of our own in the DiT and the VAE's decoder (GPU only); auto "
+            "takes those where they run."
         ),
     ] = "torch"
     attention_kernel: Annotated[

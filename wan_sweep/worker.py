@@ -138,11 +138,13 @@ class Stage:
     def set_up(cls, folder: Path, assignment: dict[str, Any]) -> "Stage":
         """From what stands in the job.json of a folder."""
         from wan21.runtime import make_runtime
+        from wan21.vae import choose_plan
         from wan_sweep.build import build_options, build_request, build_spec
 
         job = Job.from_dict(assignment["knobs"])
         is_on_cpu, limit = job.device == "cpu", memory_limit_bytes(job)
         spec, request, options = build_spec(job), build_request(job), build_options(job)
+        choose_plan(spec, options, request.shape.latent)  # refuses a budget that is too small, before any loading
         runtime = make_runtime(job.device, memory_limit_bytes=None if is_on_cpu else limit)
         if is_on_cpu and limit is not None:
             limit_this_process(limit)

@@ -139,7 +139,7 @@ class Components:
         """The VAE: the decoder, and the encoder if something will be encoded."""
         dtype = DTYPES[self._options.vae_precision]
         with torch.device("meta"):
-            stored, module = (Vae(self._spec.vae, dtype=dtype) for _ in range(2))
+            stored, module = (Vae(self._spec.vae, dtype=dtype, kernels=self._options.kernels) for _ in range(2))
         if not encodes:
             module.drop_encoder()
         return self._load("vae", module, self._weights.vae, self._runtime.device, stored)

@@ -482,7 +482,8 @@ class Options:
     load_strategy: "full" brings whole components to the device; "block" streams transformer blocks from the host;
         "part" streams parts of them, and keeps what a run needs once on the host: the embeddings of time and prompt but
         while they are computed, and T5's table of tokens always.
-    kernels: "torch" runs torch's operators one after the other; "fused" kernels of our own between the large products.
+    kernels: "torch" runs torch's operators one after the other; "fused" kernels of our own, between the
+        transformer's products and in the decoder of the VAE.
     attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch.
     resident_gib: of the streamed weights of each component so much stays on the device.
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as

@@ -6,7 +6,6 @@ Reference: Wan2.1 (arXiv 2503.20314).
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -37,8 +36,9 @@ from wan21.runtime import Runtime
 from wan21.samplers import Sampler, make_sampler
 from wan21.shapes import VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import WHOLE, Budget, DecodePlan
+from wan21.vae import choose_plan
 from wan21.vae.vae import Pixels, Vae
+from wan21.vae.warm_up import warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,12 @@ class TextToVideo:
         last, so that each component is needed once. Of several processes all have to call this, with equal requests.
 
         Raises:
-            UsageError: the request cannot be run in this layout.
+            UsageError: the request cannot be run in this layout, or within `vae_budget_gib`; nothing has been loaded.
         """
         check_layout(self._options.layout, self._spec, request)
+        plan = choose_plan(self._spec, self._options, request.shape.latent)
+        if self._options.kernels == "fused":
+            warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime, plan.frames_at_once)
         pictures, sources = load_pictures(self._spec, request), load_control(self._spec, request)
         encodes = bool(pictures) or sources is not None
         if not self._options.offload:
@@ -343,15 +346,7 @@ class TextToVideo:
                 vae = self._vae.module
                 for index, latent in enumerate(latents):
                     with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
-                        plan = self._runtime.as_decoded(self._decode_plan(vae, latent.shape))
+                        t, h, w = latent.shape[2:]
+                        plan = self._runtime.as_decoded(choose_plan(self._spec, self._options, (t, h, w)))
                         videos.append(decode(vae, latent, plan, self._world, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]
-
-    def _decode_plan(self, vae: Vae, shape: torch.Size) -> DecodePlan:
-        """Whole frames, unless memory is short or several processes share the tiles."""
-        budget_gib, num_ranks = self._options.vae_budget_gib, self._world.size
-        if budget_gib is None and num_ranks == 1:
-            return WHOLE
-        t, h, w = shape[2:]
-        budget = Budget(vae.decoder, (t, h, w), itemsize=vae.conv2.weight.element_size())
-        return budget.best_plan(math.inf if budget_gib is None else int(budget_gib * 2**30), num_ranks)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.wan21.vae_examples import distance, random_vae
 from wan21.config import WAN_VAE, VaeConfig
 from wan21.errors import UsageError
 from wan21.vae import Vae
@@ -35,25 +36,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random_vae() -> Vae:
-    """Weights that keep activations of order 1, with gammas and biases that matter."""
-    generator = torch.Generator().manual_seed(0)
-    vae = Vae(CONFIG).requires_grad_(False)
-    for name, parameter in vae.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("gamma"):
-            parameter.copy_(1 + 0.3 * values)
-        elif name.endswith("bias"):
-            parameter.copy_(0.1 * values)
-        else:
-            parameter.copy_(values / parameter[0].numel() ** 0.5)
-    vae.decoder.head["2"].weight.mul_(0.5)  # most pixels stay clear of the clamp
-    return vae
-
-
 @pytest.fixture(scope="module")
 def vae() -> Vae:
-    return random_vae()
+    return random_vae(CONFIG.base_dim, head_scale=0.5)  # most pixels stay clear of the clamp
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +57,6 @@ def latents() -> Tensor:
 def decoded(vae: Vae, latents: Tensor) -> Tensor:
     with torch.no_grad():
         return vae.decode(latents)
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return (actual - expected).abs().max().item()
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -360,7 +340,7 @@ def test_gradients_are_those_of_the_whole_video_version(vae: Vae, video: Tensor,
 
 
 def test_every_parameter_gets_a_gradient_as_it_does_in_the_whole_video_version(video: Tensor) -> None:
-    vae = random_vae().requires_grad_()
+    vae = random_vae(CONFIG.base_dim, head_scale=0.5).requires_grad_()
     parameters = dict(vae.named_parameters())
     video = video[:, :, :9, :16, :16]
     vae.decode(vae.encode(video)).square().mean().backward()

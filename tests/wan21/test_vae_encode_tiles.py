@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.wan21.test_vae_memory import SCALING_BYTES, LiveBytes
-from tests.wan21.test_vae_tiles import CONFIG, EXACT, TOLERANCE, distance, grid, one_thread, random_vae
+from tests.wan21.test_vae_tiles import CONFIG, EXACT, TOLERANCE, grid, one_thread
+from tests.wan21.vae_examples import distance, random_vae
 from wan21.config import WAN_VAE, VaeConfig
 from wan21.errors import UsageError
 from wan21.vae import WHOLE, DecodePlan, EncodeBudget, Vae
@@ -23,7 +24,7 @@ def random_video(*shape: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def exact_vae() -> Vae:
-    return random_vae(torch.float64)
+    return random_vae(CONFIG.base_dim, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_tiles_give_every_latent_to_its_last_digit(
 
 @pytest.mark.parametrize("plan", [grid(1, 2), grid(1, 3), grid(1, 3, 1)], ids=str)
 def test_tiles_larger_than_the_halo_give_the_same_latents(plan: DecodePlan) -> None:
-    vae, video = random_vae(), random_video(1, 3, F, 16, 240)
+    vae, video = random_vae(CONFIG.base_dim), random_video(1, 3, F, 16, 240)
     with torch.no_grad():
         assert distance(vae.encode(video, plan), vae.encode(video)) <= TOLERANCE
 

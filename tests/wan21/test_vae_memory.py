@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from wan21.config import WAN_VAE, VaeConfig
+from wan21.config import WAN_VAE, Kernels, VaeConfig
 from wan21.errors import UsageError
 from wan21.runtime import CpuRuntime
 from wan21.vae import Vae
@@ -58,6 +58,13 @@ class LiveBytes(TorchDispatchMode):
 def vae() -> Vae:
     with torch.device("meta"):
         return Vae(CONFIG)
+
+
+@pytest.fixture(scope="module", params=["torch", "fused"])
+def either_vae(request: pytest.FixtureRequest) -> Vae:
+    """With each of the two ways to decode."""
+    with torch.device("meta"):
+        return Vae(CONFIG, kernels=request.param)
 
 
 def past_bytes(past: Past) -> int:
@@ -133,10 +140,10 @@ def live_bytes(vae: Vae, latents: Tensor, plan: DecodePlan) -> list[tuple[int, i
 
 
 @pytest.mark.parametrize("plan", [WHOLE, grid(1, 1, 1), grid(2, 2), grid(1, 3, 1)], ids=str)
-def test_the_bytes_of_a_plan_are_what_decoding_takes(vae: Vae, plan: DecodePlan) -> None:
+def test_the_bytes_of_a_plan_are_what_decoding_takes(either_vae: Vae, plan: DecodePlan) -> None:
     latents = torch.empty(1, CONFIG.z_dim, T, H, W, device="meta")
-    measured = live_bytes(vae, latents, plan)[-1][0] - SCALING_BYTES
-    predicted = Budget(vae.decoder, (T, H, W), itemsize=4).num_bytes(plan)
+    measured = live_bytes(either_vae, latents, plan)[-1][0] - SCALING_BYTES
+    predicted = Budget(either_vae.decoder, (T, H, W), itemsize=4).num_bytes(plan)
     # Where tiles are not all of one size, or parts of a chunk wait for the rest, the prediction is on the safe side.
     assert measured <= predicted <= 1.01 * measured
 
@@ -153,9 +160,20 @@ def test_the_bytes_of_a_plan_are_what_decoding_takes_in_full_width() -> None:
     assert predicted == pytest.approx((14 * 96 + 2364.5) * 2 * 64 * h * w, rel=1e-3)
 
 
-def test_no_piece_takes_more_than_the_one_before_and_nothing_is_left_over(vae: Vae) -> None:
+def test_our_kernels_take_two_frames_less_and_need_no_halo_beyond_the_kept(vae: Vae) -> None:
+    with torch.device("meta"):
+        ours = Vae(CONFIG, kernels="fused")
+    shape = (T, HEIGHT // 8, WIDTH // 8)
+    plain, fused = (Budget(one.decoder, shape, itemsize=4) for one in (vae, ours))
+    assert plain.num_bytes(WHOLE) - fused.num_bytes(WHOLE) == 2 * FRAME_BYTES
+    assert fused.num_bytes(grid(2, 2)) < plain.num_bytes(grid(2, 2))
+    assert fused.work(grid(2, 2)) < plain.work(grid(2, 2))
+    assert fused.work(WHOLE) == plain.work(WHOLE)
+
+
+def test_no_piece_takes_more_than_the_one_before_and_nothing_is_left_over(either_vae: Vae) -> None:
     latents = torch.empty(1, CONFIG.z_dim, 5, H, W, device="meta")
-    seen = live_bytes(vae, latents, grid(1, 2))
+    seen = live_bytes(either_vae, latents, grid(1, 2))
     first, second = seen[:5], seen[5:]
     # The past is complete after the third piece; from then on what stays is the same, until the last forgets it.
     assert first[1][1] < first[2][1] == first[3][1] > first[4][1]
@@ -164,11 +182,13 @@ def test_no_piece_takes_more_than_the_one_before_and_nothing_is_left_over(vae: V
     assert {peak for peak, _ in seen[2:]} == {seen[2][0]}
 
 
-def test_a_longer_video_takes_more_only_for_the_latents_and_the_features_of_all_frames(vae: Vae) -> None:
+def test_a_longer_video_takes_more_only_for_the_latents_and_the_features_of_all_frames(either_vae: Vae) -> None:
     peaks = []
     for t in (4, 6):
         latents = torch.empty(1, CONFIG.z_dim, t, H, W, device="meta")
-        peaks.append(live_bytes(vae, latents, grid(1, 2))[-1][0] - latents.nbytes - 4 * 4 * CONFIG.base_dim * t * H * W)
+        peaks.append(
+            live_bytes(either_vae, latents, grid(1, 2))[-1][0] - latents.nbytes - 4 * 4 * CONFIG.base_dim * t * H * W
+        )
     assert peaks[0] == peaks[1]
 
 
@@ -193,10 +213,13 @@ def test_tiles_take_less_on_a_real_device() -> None:
 
 @pytest.mark.parametrize("size", TARGETS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(size: str, itemsize: int) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(
+    size: str, itemsize: int, kernels: Kernels
+) -> None:
     shape, total = TARGETS[size]
     with torch.device("meta"):
-        vae = Vae(WAN_VAE)
+        vae = Vae(WAN_VAE, kernels=kernels)
     vae.drop_encoder()
     weights = itemsize * sum(parameter.numel() for parameter in vae.parameters())
     libraries = 32 * 2**20  # cuBLAS's workspace on a Hopper GPU
@@ -206,8 +229,8 @@ def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(
     assert budget.work(plan) <= 1.3 * budget.work(WHOLE)
 
 
-def test_more_bytes_never_mean_more_work(vae: Vae) -> None:
-    budget = Budget(vae.decoder, (21, 60, 104), itemsize=2)
+def test_more_bytes_never_mean_more_work(either_vae: Vae) -> None:
+    budget = Budget(either_vae.decoder, (21, 60, 104), itemsize=2)
     whole = budget.num_bytes(WHOLE)
     plans = [budget.best_plan(whole * share // 16) for share in range(3, 17)]
     works = [budget.work(plan) for plan in plans]

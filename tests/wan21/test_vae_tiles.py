@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.wan21.vae_examples import distance, random_latents, random_vae
 from wan21.config import VaeConfig
 from wan21.errors import UsageError
 from wan21.vae import Vae
 from wan21.vae.layers import Upsample
 from wan21.vae.past import Past
-from wan21.vae.plan import WHOLE, DecodePlan, strips
+from wan21.vae.plan import WHOLE, DecodePlan, strips, tiles
 from wan21.vae.tiles import Interval, split_evenly
 
 # Pixels come out in float32, so this is their last digit: below it nothing differs.
@@ -33,48 +34,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random_vae(dtype: torch.dtype = torch.float32) -> Vae:
-    """Weights that keep activations of order 1, with gammas and biases that matter."""
-    generator = torch.Generator().manual_seed(0)
-    vae = Vae(CONFIG, dtype=dtype).requires_grad_(False)
-    for name, parameter in vae.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("gamma"):
-            parameter.copy_(1 + 0.3 * values)
-        elif name.endswith("bias"):
-            parameter.copy_(0.1 * values)
-        else:
-            parameter.copy_(values / parameter[0].numel() ** 0.5)
-    vae.decoder.head["2"].weight.mul_(0.3)  # pixels stay clear of the clamp, which would hide differences
-    return vae
-
-
-def random_latents(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
 def grid(rows: int, cols: int, frames_at_once: int | None = 4) -> DecodePlan:
     return DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once)
 
 
 @pytest.fixture(scope="module")
 def vae() -> Vae:
-    return random_vae()
+    return random_vae(CONFIG.base_dim)
 
 
 @pytest.fixture(scope="module")
 def exact_vae() -> Vae:
-    return random_vae(torch.float64)
+    return random_vae(CONFIG.base_dim, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def latents() -> Tensor:
     return random_latents(1, 16, T, H, W)
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return (actual - expected).abs().max().item()
 
 
 # --- the same pixels -----------------------------------------------------------------------------------------------
@@ -129,7 +105,7 @@ def test_videos_of_a_batch_are_decoded_in_tiles_together(exact_vae: Vae) -> None
 
 
 def test_tiles_in_bfloat16_differ_by_roundings_only(vae: Vae, latents: Tensor) -> None:
-    lower = random_vae(torch.bfloat16)
+    lower = random_vae(CONFIG.base_dim, torch.bfloat16)
     small = latents[:, :, :2, :4, :4]
     with torch.no_grad():
         whole, tiled, exact = lower.decode(small), lower.decode(small, grid(2, 2, 1)), vae.decode(small)
@@ -168,7 +144,7 @@ def test_a_tile_reads_what_its_pixels_depend_on_and_nothing_else(exact_vae: Vae,
 @pytest.mark.parametrize("plan", [WHOLE, grid(2, 3), grid(2, 3, 1)], ids=str)
 def test_convolutions_get_dense_channels_last_input(latents: Tensor, plan: DecodePlan) -> None:
     # In bfloat16, because a CPU's convolutions in float32 return another layout whatever they are given.
-    vae = random_vae(torch.bfloat16)
+    vae = random_vae(CONFIG.base_dim, torch.bfloat16)
     seen: dict[str, bool] = {}
 
     def look(name: str, x: Tensor) -> None:
@@ -207,8 +183,19 @@ def test_pieces_cover_every_pixel_once_tile_after_tile(vae: Vae, latents: Tensor
             assert piece.pixels.dtype == torch.float32
             places.append((piece.rows.start, piece.cols.start, piece.frames.start))
     assert times.unique().tolist() == [1]
-    assert places == sorted(places)
     assert [frames for *_, frames in places] == [0, 1, 5] * 6
+    assert all(len({place[:2] for place in places[i : i + 3]}) == 1 for i in range(0, len(places), 3))
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 4), (5, 7)])
+def test_no_tile_computes_more_than_the_one_before(vae: Vae, counts: tuple[int, int]) -> None:
+    found = tiles(vae.decoder, grid(*counts), 31, 40)
+    sizes = [
+        [len(tile.rows.windows[layer].computed) * len(tile.cols.windows[layer].computed) for layer in tile.rows.windows]
+        for tile in found
+    ]
+    assert len(found) == counts[0] * counts[1]
+    assert all(map(int.__ge__, map(sum, sizes), map(sum, sizes[1:])))
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 1), (7, 2), (7, 7), (104, 5)])
@@ -231,7 +218,7 @@ def test_intervals_stay_inside_the_frame() -> None:
 
 
 def test_decoding_needs_no_encoder(latents: Tensor) -> None:
-    vae = random_vae()
+    vae = random_vae(CONFIG.base_dim)
     names = set(vae.state_dict())
     with torch.no_grad():
         expected = vae.decode(latents)

@@ -53,6 +53,14 @@ def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(job: Jo
     assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
 
 
+def test_kernels_of_our_own_pass_through_a_fake_device_and_decoding_asks_for_less() -> None:
+    job, peak = TINY.replace(sample_steps=1), "memory/peak/decode/requested_bytes"
+    plain, fused = (
+        bytes_of(dry_run(job.replace(kernels=kernels), Simulation(H100, Settings()))) for kernels in ("torch", "fused")
+    )
+    assert fused[peak] < plain[peak]
+
+
 def test_more_steps_than_the_first_four_ask_for_no_more() -> None:
     job = TINY.replace(sample_steps=9)
     few, every = (dry_run(job, Simulation(H100, Settings()), most_steps=steps) for steps in (4, 9))

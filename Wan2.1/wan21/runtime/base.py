@@ -1,7 +1,7 @@
 """What a runtime is: streams, marks in them, memory counters, generators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -91,6 +91,9 @@ class Runtime(ABC):
     def as_run(self, blocks: Iterable[nn.Module]) -> Iterable[nn.Module]:
         """A model's blocks as they are run here: themselves. One that only counts need not run equal blocks again."""
         return blocks
+
+    def run_ahead(self, launches: Iterable[Callable[[], object]]) -> None:  # noqa: B027  # most compile nothing
+        """Runs what would else be compiled in the middle of a run. Here nothing is compiled."""
 
     def as_decoded(self, plan: P) -> P:
         """A plan of decoding as it is carried out here: itself. One that only counts need not go through all frames."""

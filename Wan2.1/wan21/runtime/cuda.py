@@ -1,6 +1,8 @@
 """One CUDA device."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from wan21.errors import UsageError
 from wan21.runtime.base import Mark, Memory, Runtime, Stream
 from wan21.runtime.host import HostPages
+
+MOST_COMPILERS = 8
+"""Kernels that are compiled at the same time."""
 
 
 def pin_pages(buffer: torch.Tensor) -> Callable[[], None]:
@@ -92,6 +97,16 @@ class CudaRuntime(Runtime):
             heads = matrix.view(1, 1, 64, 64)
             torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
         del matrix, volume, heads
+        self.synchronize()
+        self.empty_cache()
+
+    def run_ahead(self, launches: Iterable[Callable[[], object]]) -> None:
+        def launch(one: Callable[[], object]) -> None:
+            with torch.cuda.device(self.device), torch.no_grad():
+                one()
+
+        with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as pool:
+            list(pool.map(launch, launches))
         self.synchronize()
         self.empty_cache()
 

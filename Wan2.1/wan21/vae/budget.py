@@ -9,16 +9,18 @@ Letters: C channels; T frames at the layer at hand; P positions that it computes
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, cast
 
 from torch import nn
 
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.fused_budget import chain as fused_chain
 from wan21.vae.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from wan21.vae.need import NOTHING, Need, Positions, macs_of
 from wan21.vae.plan import DecodePlan, Strip, strips
 
 PAST = 2
@@ -29,29 +31,6 @@ MIN_TILE = 8
 
 SINGLE_FRAME_WORK = 1.06
 """How much longer frames one at a time take: each is joined to two earlier ones, where four at once share two."""
-
-Positions: TypeAlias = Mapping[nn.Module, int]
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a layer, or several in a row, take: numbers that stay, numbers at most in passing, multiply-adds."""
-
-    past: int
-    passing: int
-    macs: int
-
-    def then(self, other: "Need") -> "Need":
-        """This and then the other."""
-        return Need(self.past + other.past, max(self.passing, other.passing), self.macs + other.macs)
-
-
-NOTHING = Need(0, 0, 0)
-
-
-def macs_of(conv: nn.Module, positions: int) -> int:
-    """Multiply-adds of a convolution at so many positions."""
-    return cast("nn.Conv3d", conv).weight.numel() * positions
 
 
 def _block(block: ResidualBlock, positions: Positions, frames: int, past: int, stored: int) -> Need:
@@ -147,19 +126,25 @@ def _parts(decoder: Decoder, num_positions: int, positions: Positions, past: int
     first = decoder.conv1
     low = low.then(Need(past * first.in_channels * num_positions, 0, macs_of(first, num_positions)))
 
-    layers = decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling]
-    needed = positions[decoder.upsamples[decoder.first_upsampling]] // 4
-    mid, frames, stored = chain(layers, positions, 1, past, needed)
-
-    at_once = min(frames, frames_at_once or frames)
-    layers = decoder.upsamples[decoder.last_upsampling :]
-    high, _, _ = chain(layers, positions, at_once, past, stored)
+    layers = list(decoder.upsamples[decoder.first_upsampling : decoder.last_upsampling])
+    last_layers = list(decoder.upsamples[decoder.last_upsampling :])
     head = cast("nn.Conv3d", decoder.head["2"])
-    computed = head.in_channels * positions[head]
-    high = high.then(Need(past * computed, (2 * at_once + past) * computed, at_once * macs_of(head, positions[head])))
+    if decoder.kernels == "fused":
+        mid, frames = fused_chain(layers, last_layers[0], positions, 1, past)
+        stored = positions[last_layers[0]] // 4
+    else:
+        mid, frames, stored = chain(layers, positions, 1, past, positions[layers[0]] // 4)
+    at_once = min(frames, frames_at_once or frames)
+    if decoder.kernels == "fused":
+        high, _ = fused_chain([*last_layers, decoder.head], None, positions, at_once, past)
+    else:
+        high, _, _ = chain(last_layers, positions, at_once, past, stored)
+        computed = head.in_channels * positions[head]
+        macs = at_once * macs_of(head, positions[head])
+        high = high.then(Need(past * computed, (2 * at_once + past) * computed, macs))
     waiting = 0
     if at_once < frames:
-        last = cast("nn.Conv2d", cast("Upsample", layers[0]).resample[1])
+        last = cast("nn.Conv2d", cast("Upsample", last_layers[0]).resample[1])
         waiting = frames * (last.in_channels * stored + head.out_channels * positions[head])
         # All of it is done as often as it takes.
         high = Need(high.past, high.passing, high.macs * frames // at_once)
@@ -197,6 +182,10 @@ class TileBudget(ABC):
     def _strips(self, size: int, count: int, name: str) -> Sequence[Strip]:
         """Rows or columns of tiles."""
 
+    def least_bytes(self) -> int:
+        """What the plan takes that takes least."""
+        return min(map(self.num_bytes, self._plans(1)))
+
     def best_plan(self, budget_bytes: float, num_ranks: int = 1) -> DecodePlan:
         """The plan of least work among those that take no more than `budget_bytes`.
 
@@ -207,21 +196,24 @@ class TileBudget(ABC):
         Raises:
             UsageError: there is none.
         """
-        _, h, w = self._shape
-        grids = list(product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1)))
-        least = 0
-        for frames in (None, 1):
-            plans = [DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames) for rows, cols in grids]
-            sizes = {plan: self.num_bytes(plan) for plan in plans}
-            fitting = [plan for plan in plans if sizes[plan] <= budget_bytes]
+        for frames_at_once in (None, 1):
+            fitting = [plan for plan in self._plans(frames_at_once) if self.num_bytes(plan) <= budget_bytes]
             if fitting:
                 return min(fitting, key=lambda plan: (self.work(plan, num_ranks), plan.num_tiles))
-            least = min(sizes.values())
+        t, h, w = self._shape
         raise UsageError(
-            f"budget_bytes={budget_bytes} is too little to {self.verb} {self._shape[0]} x {h} x {w} latents: the "
-            f"smallest tiles need {least}; allow that, or choose a smaller number format, a smaller picture or fewer "
+            f"budget_bytes={budget_bytes} is too little to {self.verb} {t} x {h} x {w} latents: the smallest tiles "
+            f"need {self.least_bytes()}; allow that, or choose a smaller number format, a smaller picture or fewer "
             "frames"
         )
+
+    def _plans(self, frames_at_once: int | None) -> list[DecodePlan]:
+        """All that are looked at."""
+        _, h, w = self._shape
+        counts = product(range(1, max(1, h // MIN_TILE) + 1), range(1, max(1, w // MIN_TILE) + 1))
+        return [
+            DecodePlan(num_tile_rows=rows, num_tile_cols=cols, frames_at_once=frames_at_once) for rows, cols in counts
+        ]
 
     def _positions(self, plan: DecodePlan, *, largest: bool) -> Positions:
         """By layer, the positions that it computes: in the largest tile, or in all tiles together."""

@@ -15,17 +15,26 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wan21.config import VaeConfig
+from wan21.config import Kernels, VaeConfig
+from wan21.vae import fused
 from wan21.vae.layers import AttentionBlock, CausalConv3d, ResidualBlock, RmsNorm, Upsample, norm_silu_conv
 from wan21.vae.past import Past
 from wan21.vae.tiles import Interval, Window, Windows
 
 
 class Decoder(nn.Module):
-    """A block of attention between two residual ones, then residual blocks with an upsampling between levels."""
+    """A block of attention between two residual ones, then residual blocks with an upsampling between levels.
 
-    def __init__(self, config: VaeConfig, *, dtype: torch.dtype) -> None:
+    Args:
+        config: sizes.
+        dtype: of the parameters.
+        kernels: "torch" runs layer by layer; "fused" runs the middle and the high part with kernels of our own.
+    """
+
+    def __init__(self, config: VaeConfig, *, dtype: torch.dtype, kernels: Kernels = "torch") -> None:
         super().__init__()
+        self.kernels = kernels
+        self._is_laid_out = False
         dims = [config.base_dim * multiplier for multiplier in reversed(config.multipliers)]
         in_time = tuple(reversed(config.temporal_downsample))
         dim = dims[0]
@@ -53,6 +62,12 @@ class Decoder(nn.Module):
         self.upsamples = nn.ModuleList(layers)
         self.head = nn.ModuleDict({"0": RmsNorm(dim, dtype=dtype), "2": CausalConv3d(dim, 3, dtype=dtype)})
 
+    def lay_out(self) -> None:
+        """Readies the weights for kernels of our own, once; values change only as TF32 would change them anyway."""
+        if self.kernels == "fused" and not self._is_laid_out and not self.conv1.weight.is_meta:
+            fused.lay_out([*self.upsamples[self.first_upsampling :], self.head])
+            self._is_laid_out = True
+
     def low(self, z: Tensor, past: Past) -> Tensor:
         """Goes from the next latent frame [B, C, 1, h, w] to features of the same resolution, [B, C', 1, h, w]."""
         x = past.extend(self.conv1, z)
@@ -71,7 +86,12 @@ class Decoder(nn.Module):
         Returns:
             [B, C', T, H / 2, W / 2] for the default sizes; T is 1 for the first latent frame, else 4.
         """
-        for layer in self.upsamples[self.first_upsampling : self.last_upsampling]:
+        layers = self.upsamples[self.first_upsampling : self.last_upsampling]
+        if self.kernels == "fused":
+            given = [x]
+            del x  # only the list holds it now
+            return fused.run(list(layers), given, past)
+        for layer in layers:
             x = layer(x, past)
         return x
 
@@ -88,7 +108,12 @@ class Decoder(nn.Module):
         x stays.
         """
         if frames_at_once is None or frames_at_once >= x.shape[2]:
-            for layer in self.upsamples[self.last_upsampling :]:
+            layers = self.upsamples[self.last_upsampling :]
+            if self.kernels == "fused":
+                given = [x]
+                del x  # only the list holds it now
+                return fused.run([*layers, self.head], given, past)
+            for layer in layers:
                 x = layer(x, past)
             return norm_silu_conv(((self.head["0"], self.head["2"]),), x, past, overwrite=True)
         is_last = past.is_last

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from wan21.vae.budget import SINGLE_FRAME_WORK, Need, TileBudget, chain, macs_of
+from wan21.vae.budget import SINGLE_FRAME_WORK, TileBudget, chain
 from wan21.vae.encode_plan import encode_strips
 from wan21.vae.encoder import Encoder
+from wan21.vae.need import Need, macs_of
 from wan21.vae.plan import DecodePlan, Strip
 
 if TYPE_CHECKING:

@@ -226,10 +226,15 @@ class Upsample(nn.Module):
 
         Memory: the enlarged input [B, C, T', 2H, 2W] and the output.
         """
-        if self.time_conv is not None and not past.is_first:
-            x = past.extend(self.time_conv, x)
-            x = _interleave(self.time_conv(x))
+        x = self.in_time(x, past)
         return past.crop(self, video_of(self.resample(frames_of(x)), x.shape[0]))
+
+    def in_time(self, x: Tensor, past: Past) -> Tensor:
+        """The first half of `forward`: [B, C, T', H, W], or x itself where frames are not doubled."""
+        if self.time_conv is None or past.is_first:
+            return x
+        x = past.extend(self.time_conv, x)
+        return _interleave(self.time_conv(x))
 
     def windows(self, kept: Interval, into: Windows) -> Interval:
         """The rows of the input on which the rows `kept` of the result depend; notes what the convolution computes."""

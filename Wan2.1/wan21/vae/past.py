@@ -3,6 +3,8 @@
 Letters: B videos; C channels; T, H, W frames, height and width of the layer at hand.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ class Past:
         self.is_last = False
         self._crops = crops or Crops()
         self._frames: dict[nn.Module, Tensor] = {}
+        self._windows: dict[nn.Module, list[Tensor]] = {}
 
     def extend(self, layer: nn.Module, x: Tensor, *, num_frames: int = 2) -> Tensor:
         """The chunk with the frames before it in front, as input of `layer`; its last frames are remembered.
@@ -67,6 +70,24 @@ class Past:
                 past = _empty_frames(x, last.shape[2])
             self._frames[layer] = past.copy_(last)
         return joined
+
+    def window(self, layer: nn.Module, frames: list[Tensor], *, num_frames: int = 2) -> list[Tensor]:
+        """The same with frames that are tensors of their own. Nothing is copied, and there are no zeros in front.
+
+        Args:
+            layer: whose past it is.
+            frames: of the chunk; the last ones are kept, so nobody may write to them.
+            num_frames: how many earlier frames the layer sees.
+        """
+        window = self._windows.pop(layer, []) + frames
+        if not self.is_last:
+            self._windows[layer] = window[-num_frames:]
+        return window
+
+    def kept(self, layer: nn.Module, size: Sequence[int]) -> tuple[slice, slice]:
+        """Rows and columns of `layer`'s result, of the given height and width, that the tile needs."""
+        crop = self._crops.of(layer)
+        return crop or (slice(0, size[0]), slice(0, size[1]))
 
     def crop(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The part of `layer`'s result [..., H, W] that the tile needs: a view, or x itself."""

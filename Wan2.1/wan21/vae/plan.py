@@ -42,7 +42,7 @@ hand on is 1.6 GB at 832 x 480 (for 81 frames, two rows of the input of each con
 have to live on the host and travel there and back for each band. Halos are the simpler bargain.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -150,18 +150,24 @@ class Tile:
     rows: Strip
     cols: Strip
 
+    def num_positions(self) -> int:
+        """Positions that its layers compute, all together."""
+        cols = self.cols.windows
+        return sum(len(window.computed) * len(cols[layer].computed) for layer, window in self.rows.windows.items())
+
     def crops(self) -> Crops:
         """What layers keep of their results."""
         return Crops(self.rows.windows, self.cols.windows)
 
 
-def tiles(decoder: Decoder, plan: DecodePlan, height: int, width: int) -> Iterator[Tile]:
-    """The tiles of latents [h, w], row by row.
+def tiles(decoder: Decoder, plan: DecodePlan, height: int, width: int) -> list[Tile]:
+    """The tiles of latents [h, w], those that compute most first, else row by row.
+
+    So the first tile takes what the rest will: an allocator holds no more from the second one on.
 
     Raises:
         UsageError: the plan has more tiles on a side than there are latents.
     """
+    all_rows = strips(decoder, height, plan.num_tile_rows, "num_tile_rows")
     all_cols = strips(decoder, width, plan.num_tile_cols, "num_tile_cols")
-    for rows in strips(decoder, height, plan.num_tile_rows, "num_tile_rows"):
-        for cols in all_cols:
-            yield Tile(rows, cols)
+    return sorted((Tile(rows, cols) for rows in all_rows for cols in all_cols), key=Tile.num_positions, reverse=True)

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wan21.config import VaeConfig
+from wan21.config import Kernels, VaeConfig
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
 from wan21.vae.encode_budget import EncodeBudget
@@ -48,12 +48,13 @@ class Vae(nn.Module):
     Args:
         config: sizes.
         dtype: of the parameters.
+        kernels: of the decoder.
 
     Raises:
         UsageError: z_dim differs from the number of channels whose statistics are known.
     """
 
-    def __init__(self, config: VaeConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: VaeConfig, *, dtype: torch.dtype = torch.float32, kernels: Kernels = "torch") -> None:
         super().__init__()
         if config.z_dim != len(LATENT_MEAN):
             raise UsageError(
@@ -66,7 +67,7 @@ class Vae(nn.Module):
         self.encoder: Encoder | None = Encoder(config, dtype=dtype)
         self.conv1: nn.Conv3d | None = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1, dtype=dtype)
-        self.decoder = Decoder(config, dtype=dtype)
+        self.decoder = Decoder(config, dtype=dtype, kernels=kernels)
 
     def drop_encoder(self) -> None:
         """Lets go of what only encoding needs, 42 % of the weights: 214 MB in float32."""
@@ -185,6 +186,7 @@ class Vae(nn.Module):
         wanted = list(tiles(self.decoder, plan, h, w))[which]
         if not wanted:
             return
+        self.decoder.lay_out()
         mean, inverse_std = _latent_statistics(latents.device)
         z = self.conv2(self._as_input(latents.float() / inverse_std + mean))
         features = self._low_of_all(z, plan) if plan.num_tiles > 1 else None

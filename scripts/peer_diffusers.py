@@ -2,7 +2,8 @@
 
 `bench_peers.py` starts it in a process of its own for each set-up; the last line that it prints is JSON. Weights are
 random, of the official sizes, and drawn on the device; nothing is downloaded. What is used of diffusers is public. Not
-theirs are: a tokenizer that gives as many tokens as there is room for, and a VAE that times its decoding.
+theirs are: a tokenizer that fills the room for tokens (the text encoder works on all of it anyway, padded), and a VAE
+that times its decoding.
 
 What is in the numbers: the text encoder with both prompts, all steps, decoding. What is not: drawing weights, and
 turning decoded pixels into frames. Number formats are those of the published checkpoints: bfloat16, with the parts that
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from wan21.runtime import Runtime
 
 SETUPS = {
-    "gpu": "all on the GPU",
     "compiled": "all on the GPU, transformer blocks compiled",
+    "group_offload_tiled": "single layers brought ahead of use, on a stream; VAE in blended tiles",
+    "gpu": "all on the GPU",
     "model_offload": "a component at a time on the GPU",
     "group_offload": "single layers brought ahead of use, on a stream",
-    "group_offload_tiled": "the same, and the VAE in blended tiles",
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 

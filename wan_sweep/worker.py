@@ -6,10 +6,8 @@ the same pipeline again so that what they record costs the numbers nothing. It k
 Exit codes: 0 ok, 3 out of memory, 1 anything else.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from wan_sweep.measure.recorder import Recorder
 
 EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
-PR_SET_PDEATHSIG = 1
 MOST_STEPS_TO_PEAK = 3
 """A solver's history is full by then, so later steps repeat the third."""
 
@@ -86,15 +83,6 @@ class Beat:
     def _tell(self, event: str, span: "Span") -> None:
         values = {"kind": span.kind, "name": span.name, "index": span.index, "total": span.total}
         self._sink.write({"event": event, "time": time.time(), **values}, is_urgent=True)
-
-
-def die_with_parent() -> None:
-    """Asks Linux to end this process when the one that started it is gone, however that ended."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            sys.exit(1)
 
 
 def memory_limit_bytes(job: Job) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wan_sweep.launch.tree import MARK, end_tree, marked
+from wan_sweep.launch.tree import MARK, ask_for_stacks, end_tree, marked
 
 LOOKS_PER_SECOND = 5
 
@@ -50,6 +50,7 @@ def run_process(
     environment: Mapping[str, str],
     limits: Limits,
     look: Callable[[], bool],
+    pass_fds: Sequence[int] = (),
 ) -> Ending:
     """Runs a command in a session of its own until its end.
 
@@ -62,6 +63,7 @@ def run_process(
         environment: Its whole environment.
         limits: When to stop it.
         look: Called about five times a second; tells whether there was a sign of life.
+        pass_fds: Files that stay open in it, such as locks that it is to hold as long as it lives.
 
     Raises:
         OSError: the command cannot be started, or the log not be written.
@@ -76,6 +78,7 @@ def run_process(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
     limit: Literal["time", "silence"] | None = None
     num_left_behind, is_clean = 0, True
@@ -83,6 +86,8 @@ def run_process(
         limit = _wait(process, limits, look)
         if limit is None:
             num_left_behind = len(marked(mark))
+        else:
+            ask_for_stacks(mark)
     finally:
         is_clean = end_tree(process, mark, grace_s=limits.grace_s)
     look()

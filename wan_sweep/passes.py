@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from wan_sweep.build import build_layout
 from wan_sweep.compare import is_alone
 from wan_sweep.launch import Event, Limits, Result, launch
 from wan_sweep.memory_events import write_memory_events
@@ -89,6 +90,7 @@ class Passes:
             command=command,
             uses_gpu=job.device == "cuda",
             one=one,
+            num_ranks=build_layout(job).world_size,
         )
 
     def _identity(self, entry: PlannedJob) -> dict[str, object]:

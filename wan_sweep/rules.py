@@ -7,7 +7,9 @@ from pathlib import Path
 
 from wan21.config import ModelSpec, check_device, model_spec
 from wan21.errors import WanError
-from wan_sweep.build import build_options, build_request
+from wan21.layout import Layout
+from wan21.parallel.layout import check_layout
+from wan_sweep.build import build_layout, build_options, build_request
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
 from wan_sweep.schema import AUTO, Job
@@ -48,8 +50,10 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             sample_shift=float(request.shift),
             sample_guide_scale=float(request.guide_scale),
         )
-        _check_parallel(job, model_spec(model), machine)
+        layout = build_layout(job)
+        check_layout(layout, model_spec(model), request)
         _check_device(job, machine)
+        _check_ranks(layout, device, machine)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))
@@ -70,33 +74,20 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
     return job
 
 
-def _words(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else str(numbers[0])
-
-
-def _check_parallel(job: Job, spec: ModelSpec, machine: Machine) -> None:
-    heads = spec.dit.num_heads
-    if heads % job.ulysses_size:
-        choices = [size for size in range(1, heads + 1) if heads % size == 0]
+def _check_ranks(layout: Layout, device: str, machine: Machine) -> None:
+    """Refuses more ranks than there are GPUs, and in a world that is there already any other number than its own."""
+    num_ranks, world = layout.world_size, machine.world
+    if world is not None and num_ranks != world.size:
         raise UsageError(
-            f"num_heads={heads} is not divisible by ulysses_size={job.ulysses_size}; choose {_words(choices)}"
+            f"{layout.words()} makes {num_ranks} rank{'s' if num_ranks > 1 else ''}, and torchrun has started "
+            f"{world.size}; choose sizes whose product is {world.size}, or start the sweep without torchrun"
         )
-    ranks = job.ulysses_size * job.ring_size
-    asked = ", ".join(
-        f"{name}={size}"
-        for name, size in (("ulysses_size", job.ulysses_size), ("ring_size", job.ring_size))
-        if size > 1
-    )
-    if ranks > max(1, machine.num_gpus):
-        there = machine.num_gpus or "none"
-        raise UsageError(f"{asked} needs {ranks} GPUs, this machine has {there}; choose {max(1, machine.num_gpus)}")
-    if ranks > 1:
-        raise UsageError(f"{asked} needs several ranks, which this version cannot start yet; choose 1")
-    for name, is_sharded in (("dit_fsdp", job.dit_fsdp), ("t5_fsdp", job.t5_fsdp)):
-        if is_sharded:
-            raise UsageError(
-                f"{name}=true needs several ranks, which this version cannot start yet; choose {name}=false"
-            )
+    num_here = num_ranks if world is None else world.local_size
+    if device == "cuda" and num_here > machine.num_gpus:
+        raise UsageError(
+            f"{layout.words()} needs {num_here} GPUs, this machine has {machine.num_gpus}; "
+            f"choose sizes whose product is at most {machine.num_gpus}"
+        )
 
 
 def _check_device(job: Job, machine: Machine) -> None:

@@ -107,9 +107,7 @@ def read_machine() -> Machine:
     world = read_place()
     with session() as nvml:
         if nvml is None:
-            return Machine(
-                torch_version=torch_version, torch_cuda=torch_cuda, driver_problem=problem(), world=world
-            )
+            return Machine(torch_version=torch_version, torch_cuda=torch_cuda, driver_problem=problem(), world=world)
         return Machine(
             gpus=tuple(_gpu(nvml, handle) for handle in handles(nvml)),
             driver=str(nvml.nvmlSystemGetDriverVersion()),

@@ -1,17 +1,28 @@
 """The runs that a job is made of: one that is measured, and extra ones that record what a measured run must not."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from wan_sweep.build import build_layout
 from wan_sweep.compare import is_alone
+from wan_sweep.headline import PEAK_RANK
 from wan_sweep.launch import Event, Limits, Result, launch
 from wan_sweep.memory_events import write_memory_events
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.schema import Job
-from wan_sweep.store import ATTRIBUTION, CONFIG_FILE, JOB_FILE, MEASURE, TRACE, Pass, write_config, write_json
+from wan_sweep.store import (
+    ATTRIBUTION,
+    CONFIG_FILE,
+    JOB_FILE,
+    MEASURE,
+    TRACE,
+    Pass,
+    rank_folder,
+    write_config,
+    write_json,
+)
 
 JOB_SCHEMA_VERSION = 2
 
@@ -55,7 +66,10 @@ class Passes:
         told = result.measurement.get("environment", {})
         device = str(told.get("device") or self._plan.environment.get("gpu") or entry.job.device)
         try:
-            write_memory_events(folder, {**self._identity(entry), "device": device})
+            num_ranks = build_layout(entry.job).world_size
+            for rank in range(num_ranks):
+                head = {**self._identity(entry), "device": device, "rank": rank, "num_ranks": num_ranks}
+                write_memory_events(rank_folder(folder, rank), head)
         except OSError as error:
             warning = {
                 "code": "no_memory_events",
@@ -73,13 +87,14 @@ class Passes:
         except OSError as error:
             return {"outcome": "failed", "reason": str(error), "seconds": time.monotonic() - started}
         told = {"outcome": result.outcome, "reason": result.reason, "seconds": time.monotonic() - started}
-        if one is not ATTRIBUTION:
+        if one is ATTRIBUTION:
+            return {**told, **_peak_differences(result, measured)}
+        if not result.by_rank:
             return {**result.measurement, **told}
-        peaks = result.measurement.get("peaks") or []
-        peak = measured.measurement.get("metrics", {}).get(_PEAK)
-        if peaks and peak is not None and measured.outcome == "ok":
-            return {**told, "peak_difference_bytes": peaks[0]["allocated_bytes"] - peak}
-        return told
+        files = [name for _, one_told in sorted(result.by_rank.items()) for name in one_told.get("files", [])]
+        num_bytes = sum(one_told.get("bytes", 0) for one_told in result.by_rank.values())
+        ranks = [{"rank": rank, **one_told} for rank, one_told in sorted(result.by_rank.items())]
+        return {**result.measurement, **told, "files": files, "bytes": num_bytes, "ranks": ranks}
 
     def _start(self, entry: PlannedJob, one: Pass, command: Sequence[str]) -> Result:
         job = entry.job
@@ -108,3 +123,29 @@ class Passes:
             "knobs": entry.job.to_dict(),
             "keeps_outputs": entry.job.fidelity and not is_known_to_be_alone,
         }
+
+
+def _peak_differences(result: Result, measured: Result) -> dict[str, Any]:
+    """How far the peak of the pass is from the measured one, in bytes, by rank; the job's is its fullest rank's."""
+    if measured.outcome != "ok":
+        return {}
+    if not result.by_rank:
+        difference = _peak_difference(result.measurement, measured.measurement)
+        return {} if difference is None else {"peak_difference_bytes": difference}
+    metrics = {rank["rank"]: rank for rank in measured.measurement.get("ranks", [])}
+    ranks = [
+        {
+            "rank": rank,
+            "outcome": told["outcome"],
+            "peak_difference_bytes": _peak_difference(told, metrics.get(rank, {})),
+        }
+        for rank, told in sorted(result.by_rank.items())
+    ]
+    fullest = measured.measurement.get("metrics", {}).get(PEAK_RANK)
+    differences = {rank["rank"]: rank["peak_difference_bytes"] for rank in ranks}
+    return {"ranks": ranks, "peak_difference_bytes": differences.get(fullest)}
+
+
+def _peak_difference(told: Mapping[str, Any], measured: Mapping[str, Any]) -> int | None:
+    peaks, peak = told.get("peaks") or [], measured.get("metrics", {}).get(_PEAK)
+    return peaks[0]["allocated_bytes"] - peak if peaks and peak is not None else None

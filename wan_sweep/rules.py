@@ -82,11 +82,17 @@ def _check_ranks(layout: Layout, device: str, machine: Machine) -> None:
             f"{layout.words()} makes {num_ranks} rank{'s' if num_ranks > 1 else ''}, and torchrun has started "
             f"{world.size}; choose sizes whose product is {world.size}, or start the sweep without torchrun"
         )
-    num_here = num_ranks if world is None else world.local_size
-    if device == "cuda" and num_here > machine.num_gpus:
+    if device != "cuda":
+        return
+    if world is None and num_ranks > machine.num_gpus:
         raise UsageError(
-            f"{layout.words()} needs {num_here} GPUs, this machine has {machine.num_gpus}; "
+            f"{layout.words()} needs {num_ranks} GPUs, this machine has {machine.num_gpus}; "
             f"choose sizes whose product is at most {machine.num_gpus}"
+        )
+    if world is not None and world.local_size > machine.num_gpus:
+        raise UsageError(
+            f"{layout.words()} needs {world.local_size} GPUs on each machine, this one has {machine.num_gpus}; "
+            "start fewer processes on it"
         )
 
 

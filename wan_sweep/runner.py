@@ -13,13 +13,14 @@ from rich.text import Text
 
 from wan_sweep.compare import References
 from wan_sweep.errors import SweepError
+from wan_sweep.headline import headline, with_metrics
 from wan_sweep.launch import WORKER, Interrupted, Result
 from wan_sweep.launch.events import Event
 from wan_sweep.passes import Passes, extra_passes
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.progress import Display
 from wan_sweep.record import FAILURES, RECORD_FILE, Record, load_record, load_records
-from wan_sweep.store import write_record
+from wan_sweep.store import rank_folder, write_record
 from wan_sweep.units import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Sweep:
             result = result or interrupted  # numbers that are there are not lost to an extra pass that was cut short
             interrupt = error.__cause__
         seconds = time.monotonic() - started
-        record = replace(self._record(entry, result, started_at, seconds), passes=passes)
+        record = _with_ranks(replace(self._record(entry, result, started_at, seconds), passes=passes))
         if record.outcome == "ok" and not interrupt:
             record = self._references.compare(record, self.plan.folder / entry.name)
         self._keep(record)
@@ -250,7 +251,8 @@ class Sweep:
     def _draw(self, record: Record) -> None:
         from wan_sweep.report import draw_timeline
 
-        draw_timeline(self.plan.folder / record.name)
+        for rank in range(max(1, len(record.ranks))):
+            draw_timeline(rank_folder(self.plan.folder / record.name, rank))
 
     def _write_table(self) -> None:
         from wan_sweep.report import write_table
@@ -276,6 +278,16 @@ class Sweep:
             problem = f"{what}: {type(error).__name__}: {error}"
             if problem not in self._problems:
                 self._problems.append(problem)
+
+
+def _with_ranks(record: Record) -> Record:
+    """The record with what its extra passes found out about single ranks."""
+    told = [rank for one in record.passes.values() for rank in one.get("ranks", [])]
+    more = {rank["rank"]: rank["metrics"] for rank in told if "metrics" in rank}
+    if not more or len(record.ranks) == 1:
+        return record
+    ranks = with_metrics(record.ranks, more)
+    return replace(record, ranks=ranks, metrics=headline(ranks))
 
 
 def _in_brief(record: Record) -> str:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -335,7 +335,27 @@ def trace(folder: Path, assignment: dict[str, Any], events: TextIO, place: Place
             stage.generate(assets, together(Beat(EventFile(events)), tracer), num_steps=tracer.num_steps)
     except Exception as error:  # noqa: BLE001  # what was recorded until then is kept
         outcome = stage.explain(error, None)
-    return {"outcome": outcome["outcome"], "reason": outcome["reason"], "folder": str(where), **tracer.result()}
+    told = tracer.result()
+    exchanged = exchanged_by([where / name for name in told["files"]]) if place.size > 1 else {}
+    return {
+        "outcome": outcome["outcome"],
+        "reason": outcome["reason"],
+        "folder": str(where),
+        **told,
+        **({"metrics": exchanged} if exchanged else {}),
+    }
+
+
+def exchanged_by(traces: Sequence[Path]) -> dict[str, float]:
+    """What a step exchanges with other ranks, as metrics, from this rank's trace; empty if that cannot be read."""
+    from wan_sweep.analyze import UnreadableFileError
+    from wan_sweep.analyze.chrome.analysis import exchanged_per_step
+
+    try:
+        return {name: value for path in traces for name, value in exchanged_per_step(path).items()}
+    except UnreadableFileError as error:
+        print(error)  # noqa: T201 - goes to the log
+        return {}
 
 
 RUN: dict[str, Callable[[Path, dict[str, Any], TextIO, Place], dict[str, Any]]] = {

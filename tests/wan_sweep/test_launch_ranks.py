@@ -4,8 +4,6 @@ Each rank is a few lines of Python without torch; what one of them would wait fo
 module whose path is like that of torch's.
 """
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -198,5 +196,3 @@ def test_a_damaged_result_of_one_rank_is_a_failure_that_says_so(tmp_path: Path) 
     result = run_ranks(tmp_path, body)
     assert result.outcome == "failed"
     assert "measurement.json is damaged" in result.reason
-    assert json.dumps(result.failure)
-    assert os.listdir(tmp_path / "rank1")

@@ -266,7 +266,12 @@ def assert_refused(done: Done, folder: Path, *words: str) -> None:
         ("precision=fp8", "precision=fp8", "cannot be", "choose fp16, bf16 or fp32"),
         ("model=t2v-1.3B size=100*100", "size=100*100", "is not a size of t2v-1.3B", "choose 480*832, 832*480"),
         ("frame_num=80", "frame_num=80", "of the form 4n+1", "choose 77 or 81"),
-        ("model=t2v-1.3B ulysses_size=5", "ulysses_size=5", "num_heads=12 is not divisible", "choose 1, 2, 3"),
+        (
+            "model=t2v-1.3B ulysses_size=5",
+            "ulysses_size=5",
+            "num_heads=12 of t2v-1.3B is not divisible",
+            "choose 1, 2, 3",
+        ),
         ("device=cpu ulysses_size=2", "ulysses_size=2", "needs 2 GPUs", "choose 1"),
         ("ckpt_dir=/nowhere", "ckpt_dir=/nowhere", "does not exist", "give the official checkpoint folder"),
         ("-m ckpt_dir=/nowhere precision=fp16,bf16", "ckpt_dir=/nowhere", "does not exist", "give the official"),

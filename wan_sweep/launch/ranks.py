@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from wan_sweep.errors import RecordError
+from wan_sweep.headline import told_together
 from wan_sweep.launch.outcome import LONGEST_REASON, Result, in_place, log_tail, warnings_of, without_a_word
 from wan_sweep.launch.process import Ending, Limits
-from wan_sweep.launch.together import told_together
 from wan_sweep.store import FAILED_RANKS_FILE, MEASURE, Pass, rank_folder, read_json
 
 # What kills a process by itself, and not because a peer has gone.
@@ -102,7 +102,7 @@ def _end(folder: Path, rank: int, where: str, one: Pass) -> RankEnd:
     if path.exists():
         try:
             told = read_json(path)
-            told["outcome"]  # noqa: B018 - a result without is damaged
+            told["outcome"]
         except (RecordError, KeyError) as error:
             told, damage = None, f"; {one.result} is damaged: {error}"
     return RankEnd(rank=rank, told=told, where=where, exit_code=_exit_codes(folder).get(rank), damage=damage)

@@ -45,14 +45,12 @@ def told_together(by_rank: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 def headline(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The numbers of a job from those of its ranks: the largest of each metric.
 
-    A sum would hide the rank that is about to run out of memory, and a step takes as long as its slowest rank. Only what
-    stands on the device in a phase is that of one rank, the one with the phase's peak: parts of a whole go together.
+    A sum would hide the rank that is about to run out of memory, and a step takes as long as its slowest rank. Only
+    what stands on the device in a phase is that of one rank, the one with the phase's peak: parts of a whole go together.
     """
     metrics = [rank["metrics"] for rank in ranks]
     names = dict.fromkeys(name for one in metrics for name in one)
-    found = {
-        name: max(one[name] for one in metrics if name in one) for name in names if not name.startswith(_RESIDENT)
-    }
+    found = {name: max(one[name] for one in metrics if name in one) for name in names if not name.startswith(_RESIDENT)}
     for phase in dict.fromkeys(_phase(name) for name in names if name.startswith(_RESIDENT)):
         peak = f"memory/peak/{phase}/allocated_bytes"
         fullest = max(metrics, key=lambda one, peak=peak: one.get(peak, -1))  # type: ignore[misc]
@@ -63,6 +61,11 @@ def headline(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if having:
             found[name] = max(having, key=lambda rank, metric=metric: rank["metrics"][metric])["rank"]  # type: ignore[misc]
     return {**found, NUM_RANKS: len(ranks)} if found else {}
+
+
+def with_metrics(ranks: Sequence[Mapping[str, Any]], more: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """The ranks of a record with more metrics, by rank, such as those that another pass found."""
+    return [{**rank, "metrics": {**rank["metrics"], **more.get(rank["rank"], {})}} for rank in ranks]
 
 
 def _phase(resident: str) -> str:

@@ -9,6 +9,7 @@ from wan_sweep.build import build_layout
 from wan_sweep.compare import is_alone
 from wan_sweep.headline import PEAK_RANK
 from wan_sweep.launch import Event, Limits, Result, launch
+from wan_sweep.launch.world import Leader, WorldError
 from wan_sweep.memory_events import write_memory_events
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.schema import Job
@@ -46,11 +47,13 @@ class Passes:
     Args:
         plan: of the sweep.
         on_event: hears what the worker tells.
+        world: has the workers started where torchrun has started the sweep itself.
     """
 
-    def __init__(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, plan: Plan, on_event: Callable[[Event], None], world: Leader | None = None) -> None:
         self._plan = plan
         self._on_event = on_event
+        self._world = world
 
     def measure(self, entry: PlannedJob, command: Sequence[str]) -> Result:
         """The pass that gives the numbers, and the document of its events."""
@@ -60,6 +63,8 @@ class Passes:
             write_json(folder / JOB_FILE, self._assignment(entry))
             write_config(folder / CONFIG_FILE, entry.job.to_dict())
             result = self._start(entry, MEASURE, command)
+        except WorldError as error:
+            return Result(outcome="failed", reason=str(error), failure={"kind": "world", "where": ""})
         except OSError as error:
             reason = f"the job could not be started: {error}; see that {folder} can be written and has space"
             return Result(outcome="failed", reason=reason, failure={"kind": "folder", "where": str(folder)})
@@ -84,7 +89,7 @@ class Passes:
         started = time.monotonic()
         try:
             result = self._start(entry, one, command)
-        except OSError as error:
+        except (OSError, WorldError) as error:
             return {"outcome": "failed", "reason": str(error), "seconds": time.monotonic() - started}
         told = {"outcome": result.outcome, "reason": result.reason, "seconds": time.monotonic() - started}
         if one is ATTRIBUTION:
@@ -106,6 +111,7 @@ class Passes:
             uses_gpu=job.device == "cuda",
             one=one,
             num_ranks=build_layout(job).world_size,
+            world=self._world,
         )
 
     def _identity(self, entry: PlannedJob) -> dict[str, object]:

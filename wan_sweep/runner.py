@@ -16,6 +16,7 @@ from wan_sweep.errors import SweepError
 from wan_sweep.headline import headline, with_metrics
 from wan_sweep.launch import WORKER, Interrupted, Result
 from wan_sweep.launch.events import Event
+from wan_sweep.launch.world import Leader
 from wan_sweep.passes import Passes, extra_passes
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.progress import Display
@@ -53,10 +54,17 @@ class Sweep:
         console: Where the report goes.
         display: Shows the running job; None in a process that another one watches.
         tracker: Logs the jobs; None where there is nothing to log to.
+        world: The others, where torchrun has started the sweep itself.
     """
 
     def __init__(
-        self, plan: Plan, console: Console, *, display: Display | None = None, tracker: JobTracker | None = None
+        self,
+        plan: Plan,
+        console: Console,
+        *,
+        display: Display | None = None,
+        tracker: JobTracker | None = None,
+        world: Leader | None = None,
     ) -> None:
         self.plan = plan
         self._console = console
@@ -66,7 +74,7 @@ class Sweep:
         self._logged: set[int] = set()
         self._problems: list[str] = []
         self._references = References()
-        self._passes = Passes(plan, self._on_event)
+        self._passes = Passes(plan, self._on_event, world)
 
     def settle(self) -> None:
         """Writes the records of the jobs that need not run."""

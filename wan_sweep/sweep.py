@@ -22,6 +22,8 @@ from wan_sweep.convert import Candidate
 from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
 from wan_sweep.launch import WORKER
+from wan_sweep.launch.world import Leader, follow, world_folder
+from wan_sweep.place import ALONE, read_place
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
 from wan_sweep.preview import print_plan
 from wan_sweep.progress import make_display
@@ -39,6 +41,9 @@ _WIDTH_WITHOUT_TERMINAL = 160
 # Hydra makes the callback and calls the task; neither can be handed the other. Sweeps of this process, by folder.
 _OPEN: dict[Path, Sweep] = {}
 
+# The other processes, where torchrun has started several; likewise.
+_WORLD: list[Leader] = []
+
 
 def make_console(*, stderr: bool = False) -> Console:
     """Standard output or error; wide where no terminal cuts the lines."""
@@ -53,7 +58,8 @@ def fail(message: str, exit_code: int) -> NoReturn:
         SystemExit: always.
     """
     sys.stdout.flush()
-    make_console(stderr=True).print(Text(f"wan_sweep: {message}"), soft_wrap=True)
+    if (read_place() or ALONE).rank == 0:  # the others would say the same
+        make_console(stderr=True).print(Text(f"wan_sweep: {message}"), soft_wrap=True)
     sys.exit(exit_code)
 
 
@@ -87,6 +93,7 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         FolderError: its folder is there already or cannot be made.
         SystemExit: with plan=true, there is nothing more to do.
     """
+    _join_world(config, is_multirun=is_multirun)
     folder = Path(config.hydra.sweep.dir if is_multirun else config.hydra.run.dir).absolute()
     if is_multirun and not convert.is_grid(config):
         sample, candidates = _one_of_many(config), []
@@ -122,9 +129,32 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         sys.exit(0)
     tracker = _open_tracker(sample) if sample.track else None
     display = make_display(len(plan.own_jobs), plan.count("run"), console)
-    sweep = Sweep(plan, console, display=display, tracker=tracker)
+    sweep = Sweep(plan, console, display=display, tracker=tracker, world=next(iter(_WORLD), None))
     _OPEN[folder] = sweep
     sweep.settle()
+
+
+def _join_world(config: DictConfig, *, is_multirun: bool) -> None:
+    """Where torchrun has started several processes of this program, the first leads, and the others follow it.
+
+    Raises:
+        UsageError: a launcher that would start jobs elsewhere.
+        SystemExit: this process has followed to the end.
+    """
+    place = read_place()
+    if place is None or place.size == 1:
+        return
+    launcher = str(config.hydra.runtime.choices.get("hydra/launcher", "basic"))
+    if launcher != "basic":
+        raise UsageError(
+            f"hydra/launcher={launcher} starts jobs by itself, and torchrun has started {place.size} processes for all "
+            "of them; leave out one of the two"
+        )
+    job = _one_of_many(config) if is_multirun else convert.job_of(config)
+    folder = world_folder(Path(job.output_root))
+    if place.rank:
+        sys.exit(follow(folder, place))
+    _WORLD.append(Leader(folder, place))
 
 
 def _checked(
@@ -227,6 +257,12 @@ def _reopen(folder: Path) -> Sweep:
     sweep = Sweep(Plan.from_json(read_json(folder / PLAN_FILE)), make_console())
     _OPEN[folder] = sweep
     return sweep
+
+
+def dismiss(exit_code: int) -> None:
+    """Lets the other processes of this one's world go, if there are any."""
+    while _WORLD:
+        _WORLD.pop().dismiss(exit_code)
 
 
 def finish() -> int:

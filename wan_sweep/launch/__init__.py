@@ -11,6 +11,7 @@ from wan_sweep.launch.events import Ears, Event
 from wan_sweep.launch.outcome import Result, classify
 from wan_sweep.launch.process import Limits, run_process
 from wan_sweep.launch.ranks import settle_ranks
+from wan_sweep.launch.world import Leader
 from wan_sweep.store import FAILED_RANKS_FILE, MEASURE, Pass, rank_folder
 
 __all__ = ["WORKER", "Event", "Interrupted", "Limits", "Result", "launch", "worker_environment"]
@@ -33,6 +34,7 @@ def launch(
     uses_gpu: bool = False,
     one: Pass = MEASURE,
     num_ranks: int = 1,
+    world: Leader | None = None,
 ) -> Result:
     """Runs a pass of the job in this folder, whose job.json is written, and tells what came of it.
 
@@ -44,8 +46,10 @@ def launch(
         uses_gpu: Whether to wait afterwards until device memory is back at what it was.
         one: Which pass.
         num_ranks: How many workers, which torchrun starts if there are several.
+        world: Has them started instead where torchrun has started the sweep itself.
 
     Raises:
+        WorldError: the other processes of the world have not come.
         Interrupted: Ctrl-C or SIGTERM came meanwhile; the job's processes are gone.
         OSError: the command cannot be started.
     """
@@ -55,14 +59,17 @@ def launch(
     ears = Ears([rank_folder(folder, rank) / one.events for rank in range(num_ranks)], on_event)
     baseline = device_used_bytes() if uses_gpu else []
     try:
-        ending = run_process(
-            command_of(folder, one, command, num_ranks),
-            folder=folder,
-            log=folder / one.log,
-            environment=worker_environment(num_ranks=num_ranks),
-            limits=limits,
-            look=ears.listen,
-        )
+        if world is not None:
+            ending = world.run(folder, one, command, limits=limits, look=ears.listen)
+        else:
+            ending = run_process(
+                command_of(folder, one, command, num_ranks),
+                folder=folder,
+                log=folder / one.log,
+                environment=worker_environment(num_ranks=num_ranks),
+                limits=limits,
+                look=ears.listen,
+            )
     except (KeyboardInterrupt, SystemExit) as error:
         ears.catch_up()
         raise Interrupted(ears.wheres[0]) from error

@@ -156,7 +156,7 @@ def warnings_of(ending: Ending) -> list[Mapping[str, str]]:
                 "advice": "Look at it with ps; later jobs may be slower, or short of memory, because of it.",
             }
         )
-    if ending.limit:
+    if ending.limit in {"time", "silence"}:
         warnings.append(
             {
                 "code": "ended_by_limit",

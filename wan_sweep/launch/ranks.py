@@ -129,9 +129,9 @@ def _because_of(folder: Path, end: RankEnd, one: Pass) -> Result:
 
 
 def _unfinished(folder: Path, ending: Ending, limits: Limits, ends: Sequence[RankEnd], one: Pass) -> Result:
-    """No rank says that it failed: a limit was hit, or torchrun itself has ended."""
+    """No rank says that it failed: a limit was hit, or what started the ranks has ended."""
     tail = log_tail(folder / one.log)
-    if ending.limit is None:
+    if ending.limit not in {"time", "silence"}:
         outcome, kind, words = without_a_word(ending.exit_code, in_place(ends[0].where), tail)
         failure = {"kind": kind, "where": ends[0].where, "exit_code": ending.exit_code, "log_tail": tail}
         damage = "".join(end.damage for end in ends)

@@ -1,7 +1,8 @@
 """The runs that a job is made of: one that is measured, and extra ones that record what a measured run must not."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ from wan_sweep.build import build_layout
 from wan_sweep.compare import is_alone
 from wan_sweep.headline import PEAK_RANK
 from wan_sweep.launch import Event, Limits, Result, launch
+from wan_sweep.launch.slots import NOTHING, Lease, Slots, lock_folder
 from wan_sweep.launch.world import Leader, WorldError
 from wan_sweep.memory_events import write_memory_events
+from wan_sweep.nvml import visible_gpus
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.schema import Job
 from wan_sweep.store import (
@@ -54,6 +57,29 @@ class Passes:
         self._plan = plan
         self._on_event = on_event
         self._world = world
+        self._lease = NOTHING
+
+    @contextmanager
+    def on_gpus(self, job: Job, on_wait: Callable[[], None]) -> Iterator[Lease]:
+        """The GPUs for all passes of a job, which no other job has meanwhile unless it may share.
+
+        Args:
+            job: the job.
+            on_wait: is told, once, that they are not free yet.
+
+        Raises:
+            UsageError: this machine has fewer than the job needs.
+        """
+        if job.device != "cuda":
+            yield NOTHING
+            return
+        if self._world is not None:  # torchrun has given them out
+            self._lease = Lease(indices=tuple(range(self._world.num_here)))
+            yield self._lease
+            return
+        slots = Slots(lock_folder(), visible_gpus())
+        with slots.take(build_layout(job).world_size, shares=job.share_gpu, on_wait=on_wait) as self._lease:
+            yield self._lease
 
     def measure(self, entry: PlannedJob, command: Sequence[str]) -> Result:
         """The pass that gives the numbers, and the document of its events."""
@@ -108,7 +134,7 @@ class Passes:
             limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
             on_event=self._on_event,
             command=command,
-            uses_gpu=job.device == "cuda",
+            lease=self._lease,
             one=one,
             num_ranks=build_layout(job).world_size,
             world=self._world,

@@ -26,7 +26,7 @@ from wan_sweep.launch.world import Leader, follow, world_folder
 from wan_sweep.place import ALONE, read_place
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
 from wan_sweep.preview import print_plan
-from wan_sweep.progress import make_display
+from wan_sweep.progress import PlainDisplay, make_display
 from wan_sweep.runner import JobTracker, Sweep
 from wan_sweep.schema import Job, asked_key
 from wan_sweep.store import PLAN_FILE, create_sweep_folder, read_json, write_json
@@ -254,7 +254,9 @@ def _axes(job: Job) -> dict[str, Any]:
 
 
 def _reopen(folder: Path) -> Sweep:
-    sweep = Sweep(Plan.from_json(read_json(folder / PLAN_FILE)), make_console())
+    plan = Plan.from_json(read_json(folder / PLAN_FILE))
+    console = make_console()
+    sweep = Sweep(plan, console, display=PlainDisplay(len(plan.own_jobs), 0, console), is_part=True)
     _OPEN[folder] = sweep
     return sweep
 

@@ -194,18 +194,23 @@ def environment(runtime: "Runtime") -> dict[str, str]:
     return {"torch": torch.__version__, "allocator": allocator, **runtime.facts()}
 
 
-def process_used(runtime: "Runtime", used_before: list[int]) -> tuple[Callable[[], int | None], str]:
+def process_used(
+    runtime: "Runtime", used_before: list[int], *, is_shared: bool
+) -> tuple[Callable[[], int | None], str]:
     """How to read this process's bytes on the device, and that way in words.
 
     Args:
         runtime: of the device.
         used_before: what was in use on it before this process had a context.
+        is_shared: whether other jobs may use it, too.
     """
     if runtime.device.type != "cuda":
         return lambda: None, ""
     told = ProcessMemory()
     if told.read() is not None:
         return told.read, "as the driver tells"
+    if is_shared:
+        return lambda: None, ""
     index = runtime.device.index or 0
     return (
         lambda: device_used_bytes()[index] - used_before[index],
@@ -237,7 +242,7 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO, place: Pla
         started = time.perf_counter()
         runtime.warm_up()
         warm_up_seconds = time.perf_counter() - started
-        read_process, how = process_used(runtime, used_before)
+        read_process, how = process_used(runtime, used_before, is_shared=job.share_gpu)
         sink = EventFile(events, job.log_interval)
         recorder = Recorder(runtime, sink, wants_blocks=job.block_events, process_used=read_process)
         generation = None

@@ -11,6 +11,7 @@ from wan_sweep.launch.events import Ears, Event
 from wan_sweep.launch.outcome import Result, classify
 from wan_sweep.launch.process import Limits, run_process
 from wan_sweep.launch.ranks import settle_ranks
+from wan_sweep.launch.slots import NOTHING, Lease
 from wan_sweep.launch.world import Leader
 from wan_sweep.store import FAILED_RANKS_FILE, MEASURE, Pass, rank_folder
 
@@ -31,7 +32,7 @@ def launch(
     limits: Limits,
     on_event: Callable[[Event], None],
     command: Sequence[str] = WORKER,
-    uses_gpu: bool = False,
+    lease: Lease = NOTHING,
     one: Pass = MEASURE,
     num_ranks: int = 1,
     world: Leader | None = None,
@@ -43,7 +44,7 @@ def launch(
         limits: When to stop it.
         on_event: Hears what the worker, of several the first, tells, soon after.
         command: What to start; the folder and the name of the pass are appended.
-        uses_gpu: Whether to wait afterwards until device memory is back at what it was.
+        lease: The GPUs that it may use; afterwards their memory is waited for to be back at what it was.
         one: Which pass.
         num_ranks: How many workers, which torchrun starts if there are several.
         world: Has them started instead where torchrun has started the sweep itself.
@@ -57,7 +58,7 @@ def launch(
     for rank in range(num_ranks):
         rank_folder(folder, rank).mkdir(exist_ok=True)
     ears = Ears([rank_folder(folder, rank) / one.events for rank in range(num_ranks)], on_event)
-    baseline = device_used_bytes() if uses_gpu else []
+    baseline = _used_bytes(lease)
     try:
         if world is not None:
             ending = world.run(folder, one, command, limits=limits, look=ears.listen)
@@ -66,9 +67,10 @@ def launch(
                 command_of(folder, one, command, num_ranks),
                 folder=folder,
                 log=folder / one.log,
-                environment=worker_environment(num_ranks=num_ranks),
+                environment=worker_environment(lease.devices, num_ranks),
                 limits=limits,
                 look=ears.listen,
+                pass_fds=lease.locks,
             )
     except (KeyboardInterrupt, SystemExit) as error:
         ears.catch_up()
@@ -77,5 +79,13 @@ def launch(
         result = classify(folder, ending, limits, ears.wheres[0], one)
     else:
         result = settle_ranks(folder, ending, limits, ears.wheres, one)
-    warning = wait_for_baseline(baseline, device_used_bytes)
+    warning = wait_for_baseline(baseline, lambda: _used_bytes(lease))
     return result if warning is None else replace(result, warnings=(*result.warnings, warning))
+
+
+def _used_bytes(lease: Lease) -> list[int]:
+    """Memory in use on the GPUs of a job, by all processes."""
+    if not lease.indices:
+        return []
+    used = device_used_bytes()
+    return [used[index] for index in lease.indices if index < len(used)]

@@ -87,6 +87,11 @@ class Leader:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
+    @property
+    def num_here(self) -> int:
+        """How many processes of the world this machine has."""
+        return self._place.local_size
+
     def run(
         self, job_folder: Path, one: Pass, command: Sequence[str], *, limits: Limits, look: Callable[[], bool]
     ) -> Ending:

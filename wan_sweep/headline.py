@@ -46,7 +46,7 @@ def headline(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The numbers of a job from those of its ranks: the largest of each metric.
 
     A sum would hide the rank that is about to run out of memory, and a step takes as long as its slowest rank. Only
-    what stands on the device in a phase is that of one rank, the one with the phase's peak: parts of a whole go together.
+    what stands on the device in a phase is that of one rank, the one with the phase's peak: parts go with their whole.
     """
     metrics = [rank["metrics"] for rank in ranks]
     names = dict.fromkeys(name for one in metrics for name in one)

@@ -57,8 +57,10 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         (
             ONE_GPU,
             {"ulysses_size": 5},
-            "num_heads=12 of t2v-1.3B is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12, and ring_size for "
-            "the rest",
+            (
+                "num_heads=12 of t2v-1.3B is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12, "
+                "and ring_size for the rest"
+            ),
         ),
         (
             ONE_GPU,
@@ -73,20 +75,26 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         (
             TWO_GPUS,
             {"dit_fsdp": True},
-            "dit_fsdp=true shards weights over ranks, and there is one; choose ulysses_size, ring_size or cfg_parallel so "
-            "that there are several, or dit_fsdp=false",
+            (
+                "dit_fsdp=true shards weights over ranks, and there is one; choose ulysses_size, ring_size or "
+                "cfg_parallel so that there are several, or dit_fsdp=false"
+            ),
         ),
         (
             WORLD_OF_TWO,
             {},
-            "ulysses_size=1 makes 1 rank, and torchrun has started 2; choose sizes whose product is 2, or start the "
-            "sweep without torchrun",
+            (
+                "ulysses_size=1 makes 1 rank, and torchrun has started 2; choose sizes whose product is 2, or start "
+                "the sweep without torchrun"
+            ),
         ),
         (
             WORLD_OF_TWO,
             {"ulysses_size": 2, "cfg_parallel": True},
-            "ulysses_size=2, cfg_parallel=true makes 4 ranks, and torchrun has started 2; choose sizes whose product is 2, "
-            "or start the sweep without torchrun",
+            (
+                "ulysses_size=2, cfg_parallel=true makes 4 ranks, and torchrun has started 2; choose sizes whose "
+                "product is 2, or start the sweep without torchrun"
+            ),
         ),
         (
             Machine(gpus=(H100,), torch_version="2.13.0", world=Place(size=4, local_size=2)),

@@ -24,7 +24,8 @@ HOLDER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from wan_sweep.launch.slots import Slots
-folder, name, num, rounds, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[5])
+num, rounds = int(sys.argv[3]), int(sys.argv[4])
 slots = Slots(folder / "locks", {"0": "GPU-a", "1": "GPU-b"})
 for _ in range(rounds):
     with slots.take(num, on_wait=lambda: (folder / f"{name}_waits").touch()) as lease:

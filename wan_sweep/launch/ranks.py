@@ -137,7 +137,9 @@ def _unfinished(folder: Path, ending: Ending, limits: Limits, ends: Sequence[Ran
         damage = "".join(end.damage for end in ends)
         return Result(outcome=outcome, reason=f"torchrun: {words}{damage}", failure=failure)
     stacks = {end.rank: _stack(rank_folder(folder, end.rank) / one.log) for end in ends if not end.is_ok}
-    stuck = [rank for rank, frames in stacks.items() if frames and not _waits(frames)] or list(stacks)
+    # A rank that does not wait for others is stuck by itself; one that does not even answer is stuck for good.
+    stuck = [rank for rank, frames in stacks.items() if frames and not _waits(frames)]
+    stuck = stuck or [rank for rank, frames in stacks.items() if not frames] or list(stacks)
     end = ends[stuck[0]]
     who = f"rank {end.rank}" if len(stuck) == 1 else f"ranks {', '.join(map(str, stuck))}"
     frame = _FRAME.match(next(iter(stacks[end.rank]), ""))

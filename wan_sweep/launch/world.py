@@ -55,8 +55,8 @@ def worker_variables(place: Place, number: int) -> dict[str, str]:
 
     Args:
         place: of this process, and so of the worker that it starts.
-        number: of the pass. Where torchrun keeps the store in which ranks meet, it keeps one for all passes; torch tells
-            the worlds in it apart by what it takes for the number of a restart.
+        number: of the pass. Where torchrun keeps the store in which ranks meet, it keeps one for all passes; torch
+            tells the worlds in it apart by what it takes for the number of a restart.
     """
     kept = {name: value for name, value in os.environ.items() if name.startswith(("MASTER_", "TORCHELASTIC_"))}
     return {

@@ -30,8 +30,8 @@ _EXPOSED_SECONDS = "collectives/exposed_per_step_s"
 
 
 def several_ranks(row: Row) -> Record | None:
-    """Return the first record of a configuration with numbers of several ranks."""
-    return next((record for record in row.measured or row.records if len(record.ranks) > 1), None)
+    """Return the first record of a configuration that was measured on several ranks."""
+    return next((record for record in row.measured if len(record.ranks) > 1), None)
 
 
 def fullest_rank(record: Record) -> int:

@@ -19,6 +19,7 @@ from wan21.errors import WanError
 from wan_sweep import convert
 from wan_sweep.checks import run_checks
 from wan_sweep.convert import Candidate
+from wan_sweep.elsewhere import WHERE, environment_elsewhere, launcher_of, machine_elsewhere
 from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
 from wan_sweep.launch import WORKER
@@ -102,8 +103,11 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         if not candidates:
             raise UsageError("the sweep is empty: some axis has no values (glob finds only presets of a group)")
         sample = candidates[0].job
-    machine = read_machine()
+    elsewhere = machine_elsewhere(config)
+    machine = elsewhere or read_machine()
     environment = describe(machine)
+    if elsewhere:
+        environment = environment_elsewhere(environment, launcher_of(config))
     plan = make_plan(
         candidates,
         folder=folder,
@@ -118,7 +122,8 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         print_plan(plan, console)
     if is_hopeless:
         raise UsageError(_all_refused(plan))
-    plan = replace(plan, checks=_checked(plan, candidates, sample, machine, console))
+    if not elsewhere:
+        plan = replace(plan, checks=_checked(plan, candidates, sample, machine, console))
     create_sweep_folder(folder)
     try:
         write_json(folder / PLAN_FILE, plan.to_json())
@@ -144,7 +149,7 @@ def _join_world(config: DictConfig, *, is_multirun: bool) -> None:
     place = read_place()
     if place is None or place.size == 1:
         return
-    launcher = str(config.hydra.runtime.choices.get("hydra/launcher", "basic"))
+    launcher = launcher_of(config)
     if launcher != "basic":
         raise UsageError(
             f"hydra/launcher={launcher} starts jobs by itself, and torchrun has started {place.size} processes for all "
@@ -255,6 +260,8 @@ def _axes(job: Job) -> dict[str, Any]:
 
 def _reopen(folder: Path) -> Sweep:
     plan = Plan.from_json(read_json(folder / PLAN_FILE))
+    if WHERE in plan.environment:  # only now is it known which machine this is
+        plan = replace(plan, environment={**describe(read_machine()), WHERE: plan.environment[WHERE]})
     console = make_console()
     sweep = Sweep(plan, console, display=PlainDisplay(len(plan.own_jobs), 0, console), is_part=True)
     _OPEN[folder] = sweep

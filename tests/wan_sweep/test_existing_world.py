@@ -17,7 +17,7 @@ from wan_sweep.launch.process import Limits
 from wan_sweep.launch.world import Leader, WorldError, follow, world_folder
 from wan_sweep.place import Place, read_place
 from wan_sweep.record import load_records
-from wan_sweep.store import MEASURE, read_json
+from wan_sweep.store import MEASURE, read_json, write_json
 
 QUICK = ("model=tiny", "device=cpu", "save_video=false", "size=96*64", "frame_num=1", "sample_steps=1", "track=false")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -34,43 +34,28 @@ def sweep_of(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_jobs_that_fit_the_world_run_in_it_and_the_others_are_refused(
+def test_two_machines_run_the_jobs_that_fit_their_world_and_refuse_the_others(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    sweep = ("-m", "wan_sweep", "-m", "ulysses_size=2,1", "ring_size=1,2", *QUICK)
-    done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node=2", *sweep],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    records = load_records(sweep_of(tmp_path))
-    assert [record.outcome for record in records] == ["ok", "refused", "refused", "ok"]
-    assert "makes 4 ranks, and torchrun has started 2" in records[1].reason
-    assert [[rank["rank"] for rank in record.ranks] for record in records] == [[0, 1], [], [], [0, 1]]
-    assert done.stdout.count("job 1 of 4") == 1
-    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["sweep"]
-
-
-@pytest.mark.slow
-def test_two_machines_meet_through_the_rendezvous_of_torchrun(tmp_path: Path, environment: dict[str, str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}")
-    command = [*TORCHRUN, *rendezvous, "--rdzv-id=of-this-test", "-m", "wan_sweep", "ring_size=2", *QUICK]
-    agents = [
+    sweep = ("-m", "wan_sweep", "-m", "ring_size=2,1", "ulysses_size=1,2", *QUICK)
+    command = [*TORCHRUN, *rendezvous, "--rdzv-id=of-this-test", *sweep]
+    machines = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for _ in range(2)
     ]
-    outputs = [agent.communicate(timeout=120)[0].decode() for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    (record,) = load_records(sweep_of(tmp_path))
-    assert (record.outcome, len(record.ranks)) == ("ok", 2)
+    outputs = [machine.communicate(timeout=180)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    records = load_records(sweep_of(tmp_path))
+    assert [record.outcome for record in records] == ["ok", "refused", "refused", "ok"]
+    assert "makes 4 ranks, and torchrun has started 2" in records[1].reason
+    assert "makes 1 rank, and torchrun has started 2" in records[2].reason
+    assert [[rank["rank"] for rank in record.ranks] for record in records] == [[0, 1], [], [], [0, 1]]
+    assert "".join(outputs).count("job 1 of 4") == 1  # only one of them speaks
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["sweep"]
 
 
 # What the processes of a world tell each other, without torchrun: the followers are threads.
@@ -186,3 +171,19 @@ def test_a_place_is_known_only_where_all_of_it_is_told() -> None:
     assert read_place({**told, "LOCAL_WORLD_SIZE": "2"}) == Place(rank=3, size=4, local_rank=1, local_size=2)
     assert read_place({name: value for name, value in told.items() if name != "LOCAL_RANK"}) is None
     assert read_place({**os.environ, "RANK": ""}) is None
+
+
+def test_a_port_in_use_is_told_and_not_waited_for(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Where no torchrun keeps the store in which ranks meet, the first of them opens a port for it."""
+    write_json(tmp_path / "job.json", {"knobs": {"model": "tiny", "device": "cpu", "ring_size": 2}})
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        command = [sys.executable, "-m", "wan_sweep.worker", str(tmp_path), "measure"]
+        subprocess.run(command, env={**environment, **place, "MASTER_PORT": port}, timeout=60, check=False)
+    told = read_json(tmp_path / "measurement.json")
+    assert told["outcome"] == "failed"
+    assert "address already in use" in told["reason"] or "EADDRINUSE" in told["failure"]["message"]
+    assert told["failure"]["is_from_peers"]

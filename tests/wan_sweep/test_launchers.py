@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from wan_sweep.record import load_records
+from wan_sweep.store import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +80,23 @@ def test_twelve_jobs_give_the_same_table_with_every_launcher(
     assert "Traceback" not in said
     if launcher == "joblib":  # what is done is done, whoever did it
         assert "9 done before" in run("-m", *choice, *fixed, PROMPTS)
+
+
+def test_the_gpus_of_a_cluster_are_those_that_its_launcher_asks_for(
+    tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    if not is_there("hydra_plugins.hydra_submitit_launcher"):
+        pytest.skip("hydra-submitit-launcher is not installed; it is an extra of the package")
+    cluster = ("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=2")
+    knobs = ("model=t2v-1.3B", "device=cuda", "ulysses_size=1,2,4", "track=false", "plan=true")
+    command = [sys.executable, "-m", "wan_sweep", "-m", *cluster, *knobs]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=child_environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 to run, 1 refused" in done.stdout
+    assert "ulysses_size=4 needs 4 GPUs, this machine has 2" in done.stdout
+    (plan,) = tmp_path.glob("outputs/sweep/*/plan.json")
+    environment = read_json(plan)["environment"]
+    assert environment["where"] == "submitit_slurm"
+    assert "fingerprint" not in environment

@@ -69,8 +69,9 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
     if job.kernels == AUTO:
         job = job.replace(kernels="fused" if is_cuda and "triton" in machine.packages else "torch")
     if job.attention_kernel == AUTO:
-        has_fa3 = is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
-        job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
+        has_fa3 = is_hopper and "fa3_fwd_interface" in machine.packages
+        can_fa3 = has_fa3 and job.precision == "bf16" and job.ring_size == 1
+        job = job.replace(attention_kernel="fa3" if can_fa3 else "sdpa")
     return job
 
 

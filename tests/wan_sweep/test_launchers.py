@@ -18,7 +18,7 @@ LAUNCHERS = {
     "basic": ("hydra", ["hydra/launcher=basic"]),
     "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),
-    "ray": ("hydra_plugins.hydra_ray_launcher", ["hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2"]),
+    "ray": ("hydra_plugins.hydra_ray_launcher", ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]),
 }
 
 # The module has to be imported, not run: a task that is sent to another process is found there by its name.

@@ -157,6 +157,14 @@ def test_the_best_kernels_that_are_there_are_taken_where_the_job_leaves_the_choi
     assert (job.kernels, job.attention_kernel) == expected
 
 
+def test_a_ring_takes_the_attention_that_it_can_join() -> None:
+    gpu = Gpu(name="NVIDIA", total_bytes=80 * 2**30, used_bytes=0, compute_capability="9.0")
+    machine = Machine(gpus=(gpu, gpu), torch_version="2.11", packages=frozenset({"fa3_fwd_interface"}))
+    for knobs, expected in (({"ring_size": 2}, "sdpa"), ({"ulysses_size": 2}, "fa3")):
+        found = resolve(Job(precision="bf16", attention_kernel="auto").replace(**knobs), machine)
+        assert (found.job.attention_kernel, found.refusal) == (expected, "")
+
+
 def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> None:
     machine = Machine(packages=frozenset({"triton"}))
     job = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job

@@ -16,15 +16,8 @@ from wan_sweep.record import load_records
 
 pytestmark = pytest.mark.slow
 
-QUICK = (
-    "model=tiny",
-    "device=cpu",
-    "save_video=false",
-    "size=96*64",
-    "frame_num=1",
-    "track=false",
-    "cfg_parallel=true",
-)
+QUICK = ("model=tiny", "device=cpu", "save_video=false", "size=96*64", "frame_num=1", "track=false")
+SHARDED = ("ulysses_size=2", "dit_fsdp=true", "t5_fsdp=true", "profile_memory=true")
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def sweep(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[...,
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "wan_sweep", "-m", *QUICK, *arguments]
+        command = [sys.executable, "-m", "wan_sweep", "-m", *QUICK, *SHARDED, *arguments]
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -84,6 +77,8 @@ def test_a_killed_rank_is_named_and_the_next_job_is_measured_by_rank(
     assert not any(rank.is_running() for rank in ranks.values())
     assert second.outcome == "ok"
     assert [rank["rank"] for rank in second.ranks] == [0, 1]
+    attribution = second.passes["attribution"]
+    assert (attribution["outcome"], [rank["outcome"] for rank in attribution["ranks"]]) == ("ok", ["ok", "ok"])
     peaks = [rank["metrics"]["memory/peak/allocated_bytes"] for rank in second.ranks]
     assert second.metrics["memory/peak/allocated_bytes"] == max(peaks)
     document = json.loads((killed.parent / second.name / "rank1" / "memory_events.json").read_text())

@@ -5,13 +5,13 @@ from typing import Any
 
 from tests.wan_sweep.made_up_records import MIB, metrics_of, record, write_sweep
 from wan_sweep.headline import told_together
+from wan_sweep.launch.slots import NOTHING, Lease
 from wan_sweep.record import Record
 from wan_sweep.report.csv_table import csv_text
 from wan_sweep.report.job_page import job_section
 from wan_sweep.report.ranks import HEADS, rank_lines, rank_rows
 from wan_sweep.report.sheet import read_sheet
 from wan_sweep.runner import _on
-from wan_sweep.launch.slots import NOTHING, Lease
 
 
 def two_ranks() -> dict[str, Any]:
@@ -30,9 +30,11 @@ def two_ranks() -> dict[str, Any]:
 
 
 def test_each_rank_has_its_peak_its_step_and_its_exchanges(tmp_path: Path) -> None:
-    write_sweep(tmp_path, [two_ranks()])
+    write_sweep(tmp_path, two_ranks())
     (line,) = rank_lines(read_sheet(tmp_path))
-    assert line.startswith("Job 1 (ulysses_size=2): peak 850 MiB, 710 MiB, the highest on rank 0; a step 500 ms, 400 ms;")
+    assert line.startswith(
+        "Job 1 (ulysses_size=2): peak 850.0 MiB, 710.0 MiB, the highest on rank 0; a step 500 ms, 400 ms;"
+    )
     assert "in collectives 125 ms, 250 ms of a step for 64.0 MiB given" in line
 
 
@@ -40,14 +42,14 @@ def test_a_table_has_a_row_for_each_rank(tmp_path: Path) -> None:
     rows = list(rank_rows(Record.from_json(two_ranks())))
     assert [row[0] for row in rows] == ["0", "1"]
     assert all(len(row) == len(HEADS) for row in rows)
-    assert [row[2] for row in rows] == ["850 MiB", "710 MiB"]
-    write_sweep(tmp_path, [two_ranks()])
+    assert [row[2] for row in rows] == ["850.0 MiB", "710.0 MiB"]
+    write_sweep(tmp_path, two_ranks())
     sheet = read_sheet(tmp_path)
     assert "<h3>Ranks</h3>" in job_section(sheet.rows[0], sheet)
 
 
 def test_one_rank_needs_no_words(tmp_path: Path) -> None:
-    write_sweep(tmp_path, [record(1, {}, metrics_of(base={"dit": 400.0}, activation=1.0))])
+    write_sweep(tmp_path, record(1, {}, metrics_of(base={"dit": 400.0}, activation=1.0)))
     assert rank_lines(read_sheet(tmp_path)) == []
 
 

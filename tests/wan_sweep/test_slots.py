@@ -127,7 +127,13 @@ def test_jobs_that_share_are_spread_and_keep_only_those_away_that_do_not(
 
 
 def test_more_gpus_than_there_are_is_refused_and_not_waited_for(slots: Slots) -> None:
-    with pytest.raises(UsageError, match="3 GPUs are needed, and this process may use 2"), slots.take(3):
+    with pytest.raises(UsageError, match="3 GPUs needed, and this process may use 2"), slots.take(3):
+        pass
+
+
+def test_a_place_without_locks_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be made: .*TMPDIR"), Slots(tmp_path / "file" / "locks", POOL).take(1):
         pass
 
 
@@ -163,5 +169,5 @@ def test_a_job_takes_as_many_gpus_as_it_has_ranks_and_none_on_the_cpu(
 
     assert devices(Job(device="cuda", ulysses_size=2)).devices == ("0", "1")
     assert devices(Job(device="cpu", ulysses_size=2)) == NOTHING
-    with pytest.raises(UsageError, match="4 GPUs are needed"):
+    with pytest.raises(UsageError, match="4 GPUs needed"):
         devices(Job(device="cuda", ulysses_size=2, cfg_parallel=True))

@@ -20,7 +20,7 @@ from wan_sweep.store import FAILED_RANKS_FILE, MEASURE, Pass, rank_folder, read_
 # What kills a process by itself, and not because a peer has gone.
 _FATAL = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 
-_WAITS_FOR_OTHERS = re.compile(r"[/\\]torch[/\\](distributed[/\\]|cuda[/\\]__init__\.py.* in synchronize$)")
+_WAITS_FOR_OTHERS = re.compile(r"[/\\]torch[/\\](distributed[/\\]|cuda[/\\]\w+\.py.* in (synchronize|wait_stream)$)")
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>\S+)')
 _STACK = "(most recent call first)"
 _STACK_BYTES = 65536

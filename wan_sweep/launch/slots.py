@@ -67,11 +67,12 @@ class Slots:
             on_wait: is told, once, that they are not free yet.
 
         Raises:
-            UsageError: there are not so many.
+            UsageError: there are not so many, or the locks cannot be made.
         """
         if num > len(self._gpus):
             raise UsageError(
-                f"{num} GPUs are needed, and this process may use {len(self._gpus)}; see CUDA_VISIBLE_DEVICES"
+                f"{num} GPU{'s' if num > 1 else ''} needed, and this process may use {len(self._gpus)}; "
+                "see CUDA_VISIBLE_DEVICES"
             )
         self._make_folder()
         held: dict[str, int] = {}
@@ -129,9 +130,11 @@ class Slots:
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+            with _as_usage_error(path):
+                file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            with _as_usage_error(path):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
             return None
@@ -139,6 +142,21 @@ class Slots:
 
     def _make_folder(self) -> None:
         if not self._folder.is_dir():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with _as_usage_error(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(PermissionError):  # somebody else was faster, and has seen to it
                 self._folder.chmod(_FOR_ALL_USERS)
+
+
+@contextmanager
+def _as_usage_error(path: Path) -> Iterator[None]:
+    """Says where locks cannot be made, and what to do."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"{path}, by which jobs keep GPUs apart, cannot be made: {error.strerror or error}; "
+            "let TMPDIR name a folder on this machine that can be written"
+        ) from error

@@ -272,7 +272,7 @@ def assert_refused(done: Done, folder: Path, *words: str) -> None:
             "num_heads=12 of t2v-1.3B is not divisible",
             "choose 1, 2, 3",
         ),
-        ("device=cpu ulysses_size=2", "ulysses_size=2", "needs 2 GPUs", "choose 1"),
+        ("device=cpu t5_fsdp=true", "t5_fsdp=true", "shards weights over ranks, and there is one", "choose ulysses_size"),
         ("ckpt_dir=/nowhere", "ckpt_dir=/nowhere", "does not exist", "give the official checkpoint folder"),
         ("-m ckpt_dir=/nowhere precision=fp16,bf16", "ckpt_dir=/nowhere", "does not exist", "give the official"),
     ],

@@ -3,6 +3,7 @@
 from typing import Literal, cast
 
 from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
+from wan21.layout import Layout
 from wan21.prompt.settings import PromptExtension, make_prompt_extension
 from wan21.sources import Sources, frame_sources
 from wan_sweep.schema import Job
@@ -66,6 +67,17 @@ def build_extension(job: Job) -> PromptExtension | None:
     )
 
 
+def build_layout(job: Job) -> Layout:
+    """How it is spread over ranks."""
+    return Layout(
+        ulysses=job.ulysses_size,
+        ring=job.ring_size,
+        cfg=2 if job.cfg_parallel else 1,
+        dit_fsdp=job.dit_fsdp,
+        t5_fsdp=job.t5_fsdp,
+    )
+
+
 def build_options(job: Job) -> Options:
     """How to run it.
 
@@ -95,4 +107,5 @@ def build_options(job: Job) -> Options:
         gradient_checkpointing=job.gradient_checkpointing,
         ckpt_dir=job.ckpt_dir,
         weights_seed=job.weights_seed,
+        layout=build_layout(job),
     )

@@ -61,7 +61,9 @@ def run(arguments: Sequence[str], *, worker: Sequence[str] = WORKER) -> int:
             sweep.make_console(stderr=True).print("interrupted")
             code = EXIT_INTERRUPTED
         finished = sweep.finish()
-    return code or finished
+        code = code or finished
+        sweep.dismiss(code)
+    return code
 
 
 def _run_hydra(arguments: Sequence[str], worker: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ import psutil
 
 from wan_sweep.nvml import ProcessMemory as ProcessMemory  # noqa: PLC0414 - workers find it here
 from wan_sweep.nvml import cuda_of_driver, handles, problem, session
+from wan_sweep.place import Place, read_place
 from wan_sweep.schema import digest
 
 _PACKAGES = ("torch", "triton", "fa3-fwd", "numpy", "safetensors", "hydra-core", "omegaconf", "mlflow", "wan-sweep")
@@ -55,6 +56,7 @@ class Machine:
         driver_problem: Why the driver, which is there, cannot be asked.
         torch_cuda: The CUDA that torch is built for: empty if without, None if that is not known.
         packages: Those of KERNEL_PACKAGES that are installed.
+        world: This process's place among several that somebody has started for the whole sweep; None if it is alone.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -64,6 +66,7 @@ class Machine:
     torch_version: str = ""
     torch_cuda: str | None = None
     packages: frozenset[str] = frozenset()
+    world: Place | None = None
 
     @property
     def torch_has_cuda(self) -> bool:
@@ -101,9 +104,10 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:  # noqa: ANN401 - NVML's binding carrie
 def read_machine() -> Machine:
     """The machine as it is now."""
     torch_version, torch_cuda = torch_build()
+    world = read_place()
     with session() as nvml:
         if nvml is None:
-            return Machine(torch_version=torch_version, torch_cuda=torch_cuda, driver_problem=problem())
+            return Machine(torch_version=torch_version, torch_cuda=torch_cuda, driver_problem=problem(), world=world)
         return Machine(
             gpus=tuple(_gpu(nvml, handle) for handle in handles(nvml)),
             driver=str(nvml.nvmlSystemGetDriverVersion()),
@@ -111,6 +115,7 @@ def read_machine() -> Machine:
             torch_version=torch_version,
             torch_cuda=torch_cuda,
             packages=frozenset(name for name in KERNEL_PACKAGES if importlib.util.find_spec(name)),
+            world=world,
         )
 
 

@@ -37,7 +37,7 @@ def write_memory_events(folder: Path, head: Mapping[str, Any]) -> bool:
     """Turns the lines that a worker left in its job's folder into memory_events.json.
 
     Args:
-        folder: The job's.
+        folder: The job's, or that of one of its ranks.
         head: What the document says of the job before its events.
 
     Returns:
@@ -50,7 +50,7 @@ def write_memory_events(folder: Path, head: Mapping[str, Any]) -> bool:
     if not events:
         return False
     started_at = datetime.fromtimestamp(events[0]["time"], UTC).isoformat(timespec="milliseconds")
-    document = {"schema_version": SCHEMA_VERSION, **head, "rank": 0, "started_at": started_at, "events": events}
+    document = {"schema_version": SCHEMA_VERSION, "rank": 0, **head, "started_at": started_at, "events": events}
     write_json(folder / MEMORY_EVENTS_FILE, document)
     return True
 

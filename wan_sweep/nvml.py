@@ -98,6 +98,17 @@ def handles(nvml: Nvml) -> list[Any]:
     return found
 
 
+def visible_gpus() -> dict[str, str]:
+    """The GPUs that this process may use: what CUDA_VISIBLE_DEVICES calls each, and the identity that it always has."""
+    with session() as nvml:
+        if nvml is None:
+            return {}
+        found = [str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles(nvml)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(len(found))] if visible is None else visible.split(",")
+    return {name.strip(): identity for name, identity in zip(names, found, strict=False)}
+
+
 def cuda_of_driver(nvml: Nvml) -> str:
     """The newest CUDA that the driver supports, such as 13.0; empty if it does not tell.
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from wan21.config import ModelSpec, check_device, model_spec
 from wan21.errors import WanError
-from wan_sweep.build import build_extension, build_options, build_request
+from wan21.layout import Layout
+from wan21.parallel.layout import check_layout
+from wan_sweep.build import build_extension, build_layout, build_options, build_request
 from wan_sweep.cards import DEFAULT_CARD, card_like
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
@@ -56,9 +58,16 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             sample_guide_scale=float(request.guide_scale),
             **_extension_knobs(job),
         )
-        _check_parallel(job, model_spec(model), machine)
+        layout = build_layout(job)
+        check_layout(layout, model_spec(model), request)
+        if job.use_prompt_extend and layout.world_size > 1:
+            raise UsageError(
+                f"use_prompt_extend=true with {layout.words()} cannot be: one process writes prompts out; run it once "
+                "with sizes of 1, and give the prompt that its record tells"
+            )
         if not is_estimate:
             _check_device(job, machine)
+            _check_ranks(layout, device, machine)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))
@@ -75,10 +84,9 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
         has_triton = job.mode == "estimate" or (is_cuda and "triton" in machine.packages)
         job = job.replace(kernels="fused" if has_triton and job.device == "cuda" else "torch")
     if job.attention_kernel == AUTO:
-        has_fa3 = (
-            job.mode != "estimate" and is_hopper and "fa3_fwd_interface" in machine.packages and job.precision == "bf16"
-        )
-        job = job.replace(attention_kernel="fa3" if has_fa3 else "sdpa")
+        has_fa3 = job.mode != "estimate" and is_hopper and "fa3_fwd_interface" in machine.packages
+        can_fa3 = has_fa3 and job.precision == "bf16" and job.ring_size == 1
+        job = job.replace(attention_kernel="fa3" if can_fa3 else "sdpa")
     return job
 
 
@@ -120,6 +128,11 @@ def _check_mode(job: Job) -> None:
             "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to measure "
             "on the CPU, or leave device=cpu out"
         )
+    if build_layout(job).world_size > 1:
+        raise UsageError(
+            f"{build_layout(job).words()} cannot be estimated yet: estimates are of a run in one process; choose sizes "
+            "of 1, or measure on a machine with as many GPUs"
+        )
     if job.attention_kernel == "fa3":
         raise UsageError(
             "attention_kernel=fa3 cannot be estimated: what it allocates is in no table; choose attention_kernel=sdpa"
@@ -137,33 +150,26 @@ def _check_mode(job: Job) -> None:
             )
 
 
-def _words(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else str(numbers[0])
-
-
-def _check_parallel(job: Job, spec: ModelSpec, machine: Machine) -> None:
-    heads = spec.dit.num_heads
-    if heads % job.ulysses_size:
-        choices = [size for size in range(1, heads + 1) if heads % size == 0]
+def _check_ranks(layout: Layout, device: str, machine: Machine) -> None:
+    """Refuses more ranks than there are GPUs, and in a world that is there already any other number than its own."""
+    num_ranks, world = layout.world_size, machine.world
+    if world is not None and num_ranks != world.size:
         raise UsageError(
-            f"num_heads={heads} is not divisible by ulysses_size={job.ulysses_size}; choose {_words(choices)}"
+            f"{layout.words()} makes {num_ranks} rank{'s' if num_ranks > 1 else ''}, and torchrun has started "
+            f"{world.size}; choose sizes whose product is {world.size}, or start the sweep without torchrun"
         )
-    ranks = job.ulysses_size * job.ring_size
-    asked = ", ".join(
-        f"{name}={size}"
-        for name, size in (("ulysses_size", job.ulysses_size), ("ring_size", job.ring_size))
-        if size > 1
-    )
-    if ranks > max(1, machine.num_gpus):
-        there = machine.num_gpus or "none"
-        raise UsageError(f"{asked} needs {ranks} GPUs, this machine has {there}; choose {max(1, machine.num_gpus)}")
-    if ranks > 1:
-        raise UsageError(f"{asked} needs several ranks, which this version cannot start yet; choose 1")
-    for name, is_sharded in (("dit_fsdp", job.dit_fsdp), ("t5_fsdp", job.t5_fsdp)):
-        if is_sharded:
-            raise UsageError(
-                f"{name}=true needs several ranks, which this version cannot start yet; choose {name}=false"
-            )
+    if device != "cuda":
+        return
+    if world is None and num_ranks > machine.num_gpus:
+        raise UsageError(
+            f"{layout.words()} needs {num_ranks} GPUs, this machine has {machine.num_gpus}; "
+            f"choose sizes whose product is at most {machine.num_gpus}"
+        )
+    if world is not None and world.local_size > machine.num_gpus:
+        raise UsageError(
+            f"{layout.words()} needs {world.local_size} GPUs on each machine, this one has {machine.num_gpus}; "
+            "start fewer processes on it"
+        )
 
 
 def _check_device(job: Job, machine: Machine) -> None:

@@ -3,28 +3,36 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
 from rich.console import Console
 from rich.text import Text
 
 from wan_sweep.compare import References
-from wan_sweep.errors import SweepError
+from wan_sweep.errors import SweepError, UsageError
+from wan_sweep.headline import headline, with_metrics
 from wan_sweep.launch import WORKER, Interrupted, Result
 from wan_sweep.launch.events import Event
+from wan_sweep.launch.slots import Lease
+from wan_sweep.launch.world import Leader
 from wan_sweep.passes import Passes, extra_passes
 from wan_sweep.plan import Plan, PlannedJob
 from wan_sweep.progress import Display
 from wan_sweep.record import FAILURES, RECORD_FILE, Record, load_record, load_records
-from wan_sweep.store import write_record
+from wan_sweep.store import rank_folder, write_record
 from wan_sweep.units import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
+
+_LOCK = ".running.lock"
+_WAITS = "  waits until other jobs leave GPUs free"
 
 
 class JobTracker(Protocol):
@@ -52,10 +60,20 @@ class Sweep:
         console: Where the report goes.
         display: Shows the running job; None in a process that another one watches.
         tracker: Logs the jobs; None where there is nothing to log to.
+        world: The others, where torchrun has started the sweep itself.
+        is_part: Whether this process has a part of the jobs only, at the same time as others; the one that planned the
+            sweep puts them together.
     """
 
     def __init__(
-        self, plan: Plan, console: Console, *, display: Display | None = None, tracker: JobTracker | None = None
+        self,
+        plan: Plan,
+        console: Console,
+        *,
+        display: Display | None = None,
+        tracker: JobTracker | None = None,
+        world: Leader | None = None,
+        is_part: bool = False,
     ) -> None:
         self.plan = plan
         self._console = console
@@ -65,7 +83,8 @@ class Sweep:
         self._logged: set[int] = set()
         self._problems: list[str] = []
         self._references = References()
-        self._passes = Passes(plan, self._on_event)
+        self._passes = Passes(plan, self._on_event, world)
+        self._is_part = is_part
 
     def settle(self) -> None:
         """Writes the records of the jobs that need not run."""
@@ -82,10 +101,30 @@ class Sweep:
         """
         if entry.number in self._records:
             return self._records[entry.number].outcome
+        if self._is_part:
+            # The same job can be given out twice, as when the grid has duplicates or a cluster starts a task again.
+            folder = self.plan.folder / entry.name
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / _LOCK):
+                if (folder / RECORD_FILE).exists():
+                    return load_record(folder).outcome
+                return self._run(entry, command)
         if entry.expected != "run":
             return self._settle(entry).outcome
+        return self._run(entry, command)
+
+    def _run(self, entry: PlannedJob, command: Sequence[str]) -> str:
         if self._display:
             self._display.start_job(entry.number, entry.title)
+        with ExitStack() as stack:
+            try:
+                lease = stack.enter_context(self._passes.on_gpus(entry.job, lambda: self._say(_WAITS)))
+            except UsageError as error:
+                refused = self._record(entry, Result(outcome="refused", reason=str(error)), _now(), 0.0)
+                return self._end(refused, entry, 0.0)
+            return self._run_on(lease, entry, command)
+
+    def _run_on(self, lease: Lease, entry: PlannedJob, command: Sequence[str]) -> str:
         started_at, started = _now(), time.monotonic()
         interrupt: BaseException | None = None
         passes: dict[str, dict[str, Any]] = {}
@@ -106,16 +145,24 @@ class Sweep:
             result = result or interrupted  # numbers that are there are not lost to an extra pass that was cut short
             interrupt = error.__cause__
         seconds = time.monotonic() - started
-        record = replace(self._record(entry, result, started_at, seconds), passes=passes)
-        if record.outcome == "ok" and record.mode == "measure" and not interrupt:
-            record = self._references.compare(record, self.plan.folder / entry.name)
-        self._keep(record)
-        if self._display:
-            self._display.end_job(entry.number, entry.title, record.outcome, record.reason, seconds)
+        record = _on(lease, _with_ranks(replace(self._record(entry, result, started_at, seconds), passes=passes)))
         if interrupt:
+            self._keep(record)
+            self._show_end(record, entry, seconds)
             raise interrupt
+        if record.outcome == "ok" and record.mode == "measure" and not self._is_part:
+            record = self._references.compare(record, self.plan.folder / entry.name)
+        return self._end(record, entry, seconds)
+
+    def _end(self, record: Record, entry: PlannedJob, seconds: float) -> str:
+        self._keep(record)
+        self._show_end(record, entry, seconds)
         self._publish(record)
         return record.outcome
+
+    def _show_end(self, record: Record, entry: PlannedJob, seconds: float) -> None:
+        if self._display:
+            self._display.end_job(entry.number, entry.title, record.outcome, record.reason, seconds)
 
     def finish(self) -> int:
         """Reports, and returns the exit code: not 0 if a job failed or something could not be written."""
@@ -248,18 +295,29 @@ class Sweep:
             return None
 
     def _collect(self) -> None:
-        """Adds the records that jobs wrote in other processes."""
+        """Adds the records that jobs wrote in other processes, and compares their outputs.
+
+        Only here are all of them known: which job is the reference must not depend on which one was faster.
+        """
         try:
             found = load_records(self.plan.folder)
         except SweepError as error:
             self._problems.append(f"{error}")
             return
-        self._records = {**{record.number: record for record in found}, **self._records}
+        others = [record for record in found if record.number not in self._records]
+        for record in others:
+            if record.outcome == "ok" and record.knobs.get("fidelity") and record.fidelity is None:
+                compared = self._references.compare(record, self.plan.folder / record.name)
+                self._keep(compared)
+            else:
+                self._records[record.number] = record
+        self._records = dict(sorted(self._records.items()))
 
     def _draw(self, record: Record) -> None:
         from wan_sweep.report import draw_timeline
 
-        draw_timeline(self.plan.folder / record.name)
+        for rank in range(max(1, len(record.ranks))):
+            draw_timeline(rank_folder(self.plan.folder / record.name, rank))
 
     def _write_table(self) -> None:
         from wan_sweep.report import write_table
@@ -285,6 +343,31 @@ class Sweep:
             problem = f"{what}: {type(error).__name__}: {error}"
             if problem not in self._problems:
                 self._problems.append(problem)
+
+
+def _on(lease: Lease, record: Record) -> Record:
+    """The record with the GPUs that its job had, and whether others could have them at the same time."""
+    if not lease.devices:
+        return record
+    record = replace(record, environment={**record.environment, "devices": ",".join(lease.devices)})
+    if not record.knobs.get("share_gpu"):
+        return record
+    warning = {
+        "code": "shared_gpu",
+        "text": f"Other jobs may have used GPU {', '.join(lease.devices)} at the same time (share_gpu=true).",
+        "advice": "Its own memory is exact all the same; do not compare its times.",
+    }
+    return replace(record, warnings=[*record.warnings, warning])
+
+
+def _with_ranks(record: Record) -> Record:
+    """The record with what its extra passes found out about single ranks."""
+    told = [rank for one in record.passes.values() for rank in one.get("ranks", [])]
+    more = {rank["rank"]: rank["metrics"] for rank in told if "metrics" in rank}
+    if not more or len(record.ranks) == 1:
+        return record
+    ranks = with_metrics(record.ranks, more)
+    return replace(record, ranks=ranks, metrics=headline(ranks))
 
 
 def _in_brief(record: Record) -> str:

@@ -133,6 +133,9 @@ class Job:
     micro_batch_size: Annotated[int, Rule(meaning="Videos that share one forward of the DiT.", at_least=1)] = 1
     ulysses_size: Annotated[int, Rule(meaning="Ranks that share the heads of attention.", at_least=1)] = 1
     ring_size: Annotated[int, Rule(meaning="Ranks that pass keys and values around.", at_least=1)] = 1
+    cfg_parallel: Annotated[
+        bool, Rule(meaning="The two passes of guidance run on two halves of the ranks, which doubles their number.")
+    ] = False
     dit_fsdp: Annotated[bool, Rule(meaning="Shard the DiT's weights over the ranks.")] = False
     t5_fsdp: Annotated[bool, Rule(meaning="Shard the text encoder's weights over the ranks.")] = False
     memory_limit_gib: Annotated[
@@ -267,6 +270,9 @@ class Job:
             per_sweep=True,
         ),
     ] = "warn"
+    share_gpu: Annotated[
+        bool, Rule(meaning="Jobs at the same time may share a GPU; false gives each job GPUs of its own, and waits.")
+    ] = False
     save_video: Annotated[bool, Rule(meaning="Write the mp4 or png.", in_key=False)] = True
     plan: Annotated[
         bool, Rule(meaning="List the jobs, estimate those for a card, and stop.", in_key=False, per_sweep=True)

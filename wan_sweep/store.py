@@ -23,6 +23,7 @@ FRAMES_FILE = "frames.npy"
 FIDELITY_FILE = "fidelity.json"
 TIMELINE_FILE = "memory_timeline.png"
 SNAPSHOT_FILE = "snapshot.pickle"
+FAILED_RANKS_FILE = "failed_ranks.json"
 
 _LONGEST_SLUG = 90
 
@@ -52,6 +53,11 @@ ESTIMATE = Pass(name="estimate", result=MEASURE.result, events=MEASURE.events, l
 """Stands in for the pass that measures, and leaves the same files."""
 TRACE = Pass(name="trace", result="trace_summary.json", events="events_trace.jsonl", log="log_trace.txt")
 PASSES: Mapping[str, Pass] = {one.name: one for one in (MEASURE, ESTIMATE, ATTRIBUTION, TRACE)}
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    """Where a rank of a job leaves its files: the first in the job's folder itself, the others in one of their own."""
+    return folder / f"rank{rank}" if rank else folder
 
 
 def write_atomically(path: Path, content: str) -> None:

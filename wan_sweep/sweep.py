@@ -19,13 +19,16 @@ from wan21.errors import WanError
 from wan_sweep import convert
 from wan_sweep.checks import run_checks
 from wan_sweep.convert import Candidate
+from wan_sweep.elsewhere import WHERE, environment_elsewhere, launcher_of, machine_elsewhere
 from wan_sweep.environment import Machine, code_version, describe, read_machine
 from wan_sweep.errors import FolderError, SweepError, UsageError
 from wan_sweep.foresight import print_estimates
 from wan_sweep.launch import WORKER
+from wan_sweep.launch.world import Leader, follow, world_folder
+from wan_sweep.place import ALONE, read_place
 from wan_sweep.plan import Plan, PlannedJob, make_plan, single_entry
 from wan_sweep.preview import print_plan
-from wan_sweep.progress import make_display
+from wan_sweep.progress import PlainDisplay, make_display
 from wan_sweep.rules import mode_of
 from wan_sweep.runner import JobTracker, Sweep
 from wan_sweep.schema import Job, asked_key
@@ -41,6 +44,9 @@ _WIDTH_WITHOUT_TERMINAL = 160
 # Hydra makes the callback and calls the task; neither can be handed the other. Sweeps of this process, by folder.
 _OPEN: dict[Path, Sweep] = {}
 
+# The other processes, where torchrun has started several; likewise.
+_WORLD: list[Leader] = []
+
 
 def make_console(*, stderr: bool = False) -> Console:
     """Standard output or error; wide where no terminal cuts the lines."""
@@ -55,7 +61,8 @@ def fail(message: str, exit_code: int) -> NoReturn:
         SystemExit: always.
     """
     sys.stdout.flush()
-    make_console(stderr=True).print(Text(f"wan_sweep: {message}"), soft_wrap=True)
+    if (read_place() or ALONE).rank == 0:  # the others would say the same
+        make_console(stderr=True).print(Text(f"wan_sweep: {message}"), soft_wrap=True)
     sys.exit(exit_code)
 
 
@@ -89,6 +96,7 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         FolderError: its folder is there already or cannot be made.
         SystemExit: with plan=true, there is nothing more to do.
     """
+    _join_world(config, is_multirun=is_multirun)
     folder = Path(config.hydra.sweep.dir if is_multirun else config.hydra.run.dir).absolute()
     if is_multirun and not convert.is_grid(config):
         sample, candidates = _one_of_many(config), []
@@ -97,8 +105,11 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         if not candidates:
             raise UsageError("the sweep is empty: some axis has no values (glob finds only presets of a group)")
         sample = candidates[0].job
-    machine = read_machine()
+    elsewhere = machine_elsewhere(config)
+    machine = elsewhere or read_machine()
     environment = describe(machine)
+    if elsewhere:
+        environment = environment_elsewhere(environment, launcher_of(config))
     plan = make_plan(
         candidates,
         folder=folder,
@@ -113,7 +124,8 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         print_plan(plan, console)
     if is_hopeless:
         raise UsageError(_all_refused(plan))
-    plan = replace(plan, checks=_checked(plan, candidates, sample, machine, console))
+    if not elsewhere:
+        plan = replace(plan, checks=_checked(plan, candidates, sample, machine, console))
     create_sweep_folder(folder)
     try:
         write_json(folder / PLAN_FILE, plan.to_json())
@@ -125,9 +137,32 @@ def open_sweep(config: DictConfig, *, is_multirun: bool) -> None:
         sys.exit(0)
     tracker = _open_tracker(sample) if sample.track else None
     display = make_display(len(plan.own_jobs), plan.count("run"), console)
-    sweep = Sweep(plan, console, display=display, tracker=tracker)
+    sweep = Sweep(plan, console, display=display, tracker=tracker, world=next(iter(_WORLD), None))
     _OPEN[folder] = sweep
     sweep.settle()
+
+
+def _join_world(config: DictConfig, *, is_multirun: bool) -> None:
+    """Where torchrun has started several processes of this program, the first leads, and the others follow it.
+
+    Raises:
+        UsageError: a launcher that would start jobs elsewhere.
+        SystemExit: this process has followed to the end.
+    """
+    place = read_place()
+    if place is None or place.size == 1:
+        return
+    launcher = launcher_of(config)
+    if launcher != "basic":
+        raise UsageError(
+            f"hydra/launcher={launcher} starts jobs by itself, and torchrun has started {place.size} processes for all "
+            "of them; leave out one of the two"
+        )
+    job = _one_of_many(config) if is_multirun else convert.job_of(config)
+    folder = world_folder(Path(job.output_root))
+    if place.rank:
+        sys.exit(follow(folder, place))
+    _WORLD.append(Leader(folder, place))
 
 
 def _checked(
@@ -232,9 +267,19 @@ def _axes(job: Job) -> dict[str, Any]:
 
 
 def _reopen(folder: Path) -> Sweep:
-    sweep = Sweep(Plan.from_json(read_json(folder / PLAN_FILE)), make_console())
+    plan = Plan.from_json(read_json(folder / PLAN_FILE))
+    if WHERE in plan.environment:  # only now is it known which machine this is
+        plan = replace(plan, environment={**describe(read_machine()), WHERE: plan.environment[WHERE]})
+    console = make_console()
+    sweep = Sweep(plan, console, display=PlainDisplay(len(plan.own_jobs), 0, console), is_part=True)
     _OPEN[folder] = sweep
     return sweep
+
+
+def dismiss(exit_code: int) -> None:
+    """Lets the other processes of this one's world go, if there are any."""
+    while _WORLD:
+        _WORLD.pop().dismiss(exit_code)
 
 
 def finish() -> int:

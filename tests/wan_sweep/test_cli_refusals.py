@@ -77,9 +77,9 @@ def test_the_configuration_is_found_beside_the_package(repository: Path) -> None
         ("-m precision=fp16,bf16 frame_num=80", "frame_num=80 is not of the form 4n+1, which the VAE needs; choose 77"),
         (
             "model=t2v-1.3B ulysses_size=5",
-            "num_heads=12 is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12",
+            "num_heads=12 of t2v-1.3B is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12",
         ),
-        ("ulysses_size=2 device=cpu", "ulysses_size=2 needs 2 GPUs, this machine has none; choose 1"),
+        ("t5_fsdp=true", "t5_fsdp=true shards weights over ranks, and there is one; choose ulysses_size"),
         ("ckpt_dir=/no/such/folder", "ckpt_dir=/no/such/folder does not exist; give the official checkpoint folder"),
         ("-m precision=glob(*)", "precision=glob(*) gives no value at all"),
         ("-m plan=true,false", "plan holds for a whole sweep and cannot be swept"),

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from wan_sweep.environment import Gpu, Machine
+from wan_sweep.place import Place
 from wan_sweep.rules import resolve
 from wan_sweep.schema import Job, Scalar
 
@@ -15,6 +16,7 @@ A_4090 = Machine(
     gpus=(Gpu(name="NVIDIA GeForce RTX 4090", total_bytes=24564 * 2**20, used_bytes=0),), torch_version="2.13.0"
 )
 UNKNOWN_GPU = Machine(gpus=(Gpu(name="NVIDIA X1", total_bytes=2**36, used_bytes=0),), torch_version="2.13.0")
+WORLD_OF_TWO = Machine(gpus=(H100, H100), torch_version="2.13.0", world=Place(size=2, local_size=2))
 CPU_TORCH = Machine(gpus=(H100,), torch_version="2.13.0+cpu")
 
 
@@ -82,24 +84,49 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         (
             ONE_GPU,
             {"ulysses_size": 5},
-            "num_heads=12 is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12",
+            (
+                "num_heads=12 of t2v-1.3B is not divisible by ulysses_size=5; choose 1, 2, 3, 4, 6 or 12, "
+                "and ring_size for the rest"
+            ),
         ),
-        (ONE_GPU, {"ulysses_size": 2}, "ulysses_size=2 needs 2 GPUs, this machine has 1; choose 1"),
-        (NO_GPU, {"ring_size": 3}, "ring_size=3 needs 3 GPUs, this machine has none; choose 1"),
         (
-            TWO_GPUS,
-            {"ulysses_size": 2},
-            "ulysses_size=2 needs several ranks, which this version cannot start yet; choose 1",
+            ONE_GPU,
+            {"cfg_parallel": True},
+            "cfg_parallel=true needs 2 GPUs, this machine has 1; choose sizes whose product is at most 1",
         ),
         (
             TWO_GPUS,
             {"ulysses_size": 2, "ring_size": 2},
-            "ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; choose 2",
+            "ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; choose sizes whose product is at most 2",
         ),
         (
-            ONE_GPU,
+            TWO_GPUS,
             {"dit_fsdp": True},
-            "dit_fsdp=true needs several ranks, which this version cannot start yet; choose dit_fsdp=false",
+            (
+                "dit_fsdp=true shards weights over ranks, and there is one; choose ulysses_size, ring_size or "
+                "cfg_parallel so that there are several, or dit_fsdp=false"
+            ),
+        ),
+        (
+            WORLD_OF_TWO,
+            {},
+            (
+                "ulysses_size=1 makes 1 rank, and torchrun has started 2; choose sizes whose product is 2, or start "
+                "the sweep without torchrun"
+            ),
+        ),
+        (
+            WORLD_OF_TWO,
+            {"ulysses_size": 2, "cfg_parallel": True},
+            (
+                "ulysses_size=2, cfg_parallel=true makes 4 ranks, and torchrun has started 2; choose sizes whose "
+                "product is 2, or start the sweep without torchrun"
+            ),
+        ),
+        (
+            Machine(gpus=(H100,), torch_version="2.13.0", world=Place(size=4, local_size=2)),
+            {"ring_size": 4},
+            "ring_size=4 needs 2 GPUs on each machine, this one has 1; start fewer processes on it",
         ),
         (
             NO_GPU,
@@ -184,6 +211,14 @@ def test_the_best_kernels_that_are_there_are_taken_where_the_job_leaves_the_choi
     assert (job.kernels, job.attention_kernel) == expected
 
 
+def test_a_ring_takes_the_attention_that_it_can_join() -> None:
+    gpu = Gpu(name="NVIDIA", total_bytes=80 * 2**30, used_bytes=0, compute_capability="9.0")
+    machine = Machine(gpus=(gpu, gpu), torch_version="2.11", packages=frozenset({"fa3_fwd_interface"}))
+    for knobs, expected in (({"ring_size": 2}, "sdpa"), ({"ulysses_size": 2}, "fa3")):
+        found = resolve(Job(precision="bf16", attention_kernel="auto").replace(**knobs), machine)
+        assert (found.job.attention_kernel, found.refusal) == (expected, "")
+
+
 def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> None:
     machine = Machine(packages=frozenset({"triton"}))
     job = resolve(Job(kernels="auto", attention_kernel="auto", device="cpu"), machine).job
@@ -192,3 +227,19 @@ def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> N
     assert (estimated.kernels, estimated.attention_kernel) == ("fused", "sdpa")
     assert "is in no table" in resolve(Job(attention_kernel="fa3", precision="bf16"), machine).refusal
     assert "choose kernels=torch" in resolve(Job(kernels="fused", device="cpu"), machine).refusal
+
+
+@pytest.mark.parametrize(
+    ("machine", "knobs"),
+    [
+        (TWO_GPUS, {"ulysses_size": 2, "dit_fsdp": True}),
+        (TWO_GPUS, {"cfg_parallel": True}),
+        (WORLD_OF_TWO, {"ring_size": 2}),
+        (NO_GPU, {"ulysses_size": 2, "ring_size": 2, "device": "cpu"}),
+        (Machine(gpus=(H100,), torch_version="2.13.0", world=Place(size=2, local_size=1)), {"ulysses_size": 2}),
+    ],
+)
+def test_as_many_ranks_as_there_are_gpus_can_run_and_on_a_cpu_any_number(
+    machine: Machine, knobs: dict[str, Scalar]
+) -> None:
+    assert resolve(Job().replace(**knobs), machine).refusal == ""

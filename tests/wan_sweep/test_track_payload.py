@@ -64,16 +64,24 @@ def test_numbers_that_are_none_are_left_out() -> None:
     assert [point.key for point in payload_of(made(1, {}, metrics)).points if "/" in point.key][:1] == ["time/save_s"]
 
 
-def test_only_what_differs_between_ranks_is_told_by_rank() -> None:
+def test_each_of_several_ranks_is_told_by_itself() -> None:
     ranks = [
         {"rank": 0, "metrics": {"time/total_s": 1.0, "memory/peak/allocated_bytes": MIB}, "series": {}},
         {"rank": 1, "metrics": {"time/total_s": 1.0, "memory/peak/allocated_bytes": 2 * MIB}, "series": {}},
     ]
     points = payload_of(made(1, {}, ranks=ranks)).points
     assert [(point.key, point.value) for point in points] == [
+        ("rank0/time/total_s", 1.0),
         ("rank0/memory/peak/allocated_mib", 1.0),
+        ("rank1/time/total_s", 1.0),
         ("rank1/memory/peak/allocated_mib", 2.0),
     ]
+
+
+def test_a_single_rank_is_the_job_itself() -> None:
+    ranks = [{"rank": 0, "metrics": {"time/total_s": 1.0}, "series": {}}]
+    points = payload_of(made(1, {}, {"time/total_s": 1.0}, ranks=ranks)).points
+    assert not [point.key for point in points if point.key.startswith("rank")]
 
 
 def test_tags_tell_where_a_number_comes_from() -> None:

@@ -1,6 +1,7 @@
 """What a worker tells while it works: events.jsonl, read as it grows."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,3 +84,40 @@ class Position:
             else:
                 words.append(span.name)
         return ", ".join(words)
+
+
+class Ears:
+    """Hears all workers of a job, and knows where each of them is.
+
+    Args:
+        paths: The file of each.
+        on_event: Hears what the first of them tells.
+    """
+
+    def __init__(self, paths: Sequence[Path], on_event: Callable[[Event], None]) -> None:
+        self._tails = [EventTail(path) for path in paths]
+        self._positions = [Position() for _ in paths]
+        self._on_event = on_event
+
+    @property
+    def wheres(self) -> list[str]:
+        """Where each worker is, in words."""
+        return [str(position) for position in self._positions]
+
+    def listen(self) -> bool:
+        """Hears what is new; returns whether there was anything."""
+        return self._hear(self._on_event)
+
+    def catch_up(self) -> None:
+        """Hears what is new without passing it on."""
+        self._hear(lambda _: None)
+
+    def _hear(self, on_event: Callable[[Event], None]) -> bool:
+        has_heard = False
+        for index, (tail, position) in enumerate(zip(self._tails, self._positions, strict=True)):
+            for event in tail.read():
+                has_heard = True
+                position.follow(event)
+                if index == 0:
+                    on_event(event)
+        return has_heard

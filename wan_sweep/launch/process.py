@@ -1,5 +1,6 @@
 """Starts a job's process, sleeps until it ends or a limit is hit, and leaves nothing behind."""
 
+import contextlib
 import os
 import select
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wan_sweep.launch.tree import MARK, end_tree, marked
+from wan_sweep.launch.tree import MARK, ask_for_stacks, end_tree, marked
 
 LOOKS_PER_SECOND = 5
 
@@ -25,19 +26,26 @@ class Limits:
     grace_s: float = 5.0
 
 
+class StopError(Exception):
+    """Whoever looks after a process has seen a reason to stop it: others with which it works have ended."""
+
+
+Limit = Literal["time", "silence", "others"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ending:
     """How a process ended.
 
     Attributes:
         exit_code: As the process gave it; minus the number of the signal that killed it.
-        limit: The limit that was hit, if one was.
+        limit: The limit that was hit, or "others" if it was stopped because of them; None if it ended by itself.
         is_clean: Whether no process of the job is left.
         num_left_behind: Processes that the job itself had not ended.
     """
 
     exit_code: int
-    limit: Literal["time", "silence"] | None = None
+    limit: Limit | None = None
     is_clean: bool = True
     num_left_behind: int = 0
 
@@ -50,6 +58,7 @@ def run_process(
     environment: Mapping[str, str],
     limits: Limits,
     look: Callable[[], bool],
+    pass_fds: Sequence[int] = (),
 ) -> Ending:
     """Runs a command in a session of its own until its end.
 
@@ -61,7 +70,8 @@ def run_process(
         log: Takes all that it prints.
         environment: Its whole environment.
         limits: When to stop it.
-        look: Called about five times a second; tells whether there was a sign of life.
+        look: Called about five times a second; tells whether there was a sign of life, or raises StopError.
+        pass_fds: Files that stay open in it, such as locks that it is to hold as long as it lives.
 
     Raises:
         OSError: the command cannot be started, or the log not be written.
@@ -76,16 +86,23 @@ def run_process(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
-    limit: Literal["time", "silence"] | None = None
+    limit: Limit | None = None
     num_left_behind, is_clean = 0, True
     try:
-        limit = _wait(process, limits, look)
+        try:
+            limit = _wait(process, limits, look)
+        except StopError:
+            limit = "others"
         if limit is None:
             num_left_behind = len(marked(mark))
+        else:
+            ask_for_stacks(mark)
     finally:
         is_clean = end_tree(process, mark, grace_s=limits.grace_s)
-    look()
+    with contextlib.suppress(StopError):
+        look()
     exit_code = process.poll()
     return Ending(
         exit_code=-9 if exit_code is None else exit_code,
@@ -95,9 +112,7 @@ def run_process(
     )
 
 
-def _wait(
-    process: subprocess.Popen[bytes], limits: Limits, look: Callable[[], bool]
-) -> Literal["time", "silence"] | None:
+def _wait(process: subprocess.Popen[bytes], limits: Limits, look: Callable[[], bool]) -> Limit | None:
     started = heard = time.monotonic()
     with _sleeper(process) as sleep:
         while not sleep(1 / LOOKS_PER_SECOND):

@@ -6,8 +6,11 @@ its environment, which children inherit; whoever carries it belongs to the job.
 
 import contextlib
 import logging
+import re
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 
@@ -16,6 +19,7 @@ logger = logging.getLogger(__name__)
 MARK = "WAN_SWEEP_JOB"
 
 _KILL_SECONDS = 10.0
+_SECONDS_FOR_STACKS = 0.5
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -34,6 +38,29 @@ def descendants(pid: int) -> list[psutil.Process]:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.Error:
         return []
+
+
+def ask_for_stacks(mark: str) -> None:
+    """Lets the job's processes write down where they are, into their logs: those that listen to SIGUSR1, as workers do.
+
+    A process that does not listen would be ended by the signal, so the kernel is asked first who does.
+    """
+    asked = False
+    for process in marked(mark):
+        if _listens(process.pid, signal.SIGUSR1):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGUSR1)
+                asked = True
+    if asked:
+        time.sleep(_SECONDS_FOR_STACKS)
+
+
+def _listens(pid: int, number: signal.Signals) -> bool:
+    try:
+        found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False  # it has ended, or this is not Linux
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 def end_tree(process: subprocess.Popen[bytes], mark: str, *, grace_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 from typing import Any
 
 from wan_sweep.units import GIB, KIB, MIB, format_bytes
@@ -10,6 +11,11 @@ UNITS = {"bytes": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 SAYS_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED")
 FOR_WANT_OF_MEMORY = re.compile(r"could not create a primitive|Resource temporarily unavailable")
 """What libraries say when a limited process gets no memory for a kernel or a thread."""
+FROM_PEERS = re.compile(
+    r"gloo|NCCL|nccl|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|client socket|Timed out waiting"
+)
+"""What libraries say when another rank is gone or does not answer; torch gives some of it classes of their own."""
+DISTRIBUTED_ERRORS = frozenset({"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"})
 LONGEST_MESSAGE = 4000
 LONGEST_REASON = 300
 
@@ -20,6 +26,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch's own class is a RuntimeError; asking for it would import torch, perhaps where that is what has failed.
     return isinstance(error, RuntimeError) and SAYS_OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def is_from_peers(error: BaseException) -> bool:
+    """Whether an error says that other ranks are gone or silent, so that its cause is to be looked for there."""
+    classes = {kind.__name__ for kind in type(error).__mro__}
+    is_of_kind = isinstance(error, RuntimeError | ConnectionError)
+    return bool(classes & DISTRIBUTED_ERRORS) or (is_of_kind and FROM_PEERS.search(str(error)) is not None)
 
 
 def request_bytes(message: str) -> int | None:
@@ -49,12 +62,13 @@ def explain(error: BaseException, failed_at: dict[str, Any] | None, limit_bytes:
         limit_bytes: the job's memory limit, if it has one.
     """
     message = str(error).strip()
-    failure: dict[str, Any] = {"message": message[:LONGEST_MESSAGE], **(failed_at or {})}
+    failure: dict[str, Any] = {"message": message[:LONGEST_MESSAGE], "time": time.time(), **(failed_at or {})}
     where = place(failed_at or {})
     is_limited_out = limit_bytes is not None and FOR_WANT_OF_MEMORY.search(message) is not None
     if not (is_out_of_memory(error) or is_limited_out):
         first_line = next(iter(message.splitlines()), "")
         reason = f"{type(error).__name__}{f' in {where}' if where else ''}: {first_line}"
+        failure["is_from_peers"] = is_from_peers(error)
         return {"outcome": "failed", "reason": reason[:LONGEST_REASON], "failure": failure}
     reason = f"out of memory{f' in {where}' if where else ''}"
     asked = failure["request_bytes"] = request_bytes(message)

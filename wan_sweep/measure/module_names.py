@@ -109,6 +109,13 @@ class ModuleNames:
             if component:
                 self._components[root] = component
             name = f"{path}.{leaf}" if path else leaf
-            by_address.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+            part = _here(tensor)
+            by_address.setdefault(part.untyped_storage().data_ptr(), []).append((name, part))
         self._new_tensors = []
         return by_address
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies on this rank's device: of a sharded weight its share."""
+    to_local = getattr(tensor, "to_local", None)  # of torch's DTensor, whose module takes long to import
+    return tensor if to_local is None else to_local()

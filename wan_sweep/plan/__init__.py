@@ -227,7 +227,10 @@ def _duplicate(first: PlannedJob, candidate: Candidate) -> PlannedJob:
 
 
 def _look_up(entry: PlannedJob, older: Sequence[tuple[Path, Record]], plan: Plan) -> PlannedJob:
-    """The entry, marked as done if one of the older records settles it."""
+    """The entry, marked as done if one of the older records settles it.
+
+    For jobs that will run elsewhere nobody knows on which machine, so an older one is as good as the next.
+    """
     if entry.expected != "run":
         return entry
     print_now = plan.environment.get("fingerprint", "")
@@ -237,7 +240,7 @@ def _look_up(entry: PlannedJob, older: Sequence[tuple[Path, Record]], plan: Plan
             continue
         if record.code_version != plan.code_version:
             stale = stale or f"measured again: the code has changed since {path}"
-        elif record.environment.get("fingerprint", "") != print_now:
+        elif print_now and record.environment.get("fingerprint", "") != print_now:
             stale = stale or f"measured again: the machine or its software has changed since {path}"
         else:
             told = "" if record.outcome == "ok" else f" ({record.outcome})"

@@ -8,11 +8,12 @@ from wan_sweep.errors import RecordError
 from wan_sweep.report.csv_table import csv_text
 from wan_sweep.report.markdown import markdown_text
 from wan_sweep.report.page import page_text
+from wan_sweep.report.ranks import fullest_rank
 from wan_sweep.report.sheet import Sheet, read_records, read_sheet
 from wan_sweep.report.text_table import print_sheet
 from wan_sweep.report.timeline import Timeline, read_timeline
 from wan_sweep.report.timeline_picture import draw, draw_timeline
-from wan_sweep.store import MEMORY_EVENTS_FILE, TIMELINE_FILE, write_atomically
+from wan_sweep.store import MEMORY_EVENTS_FILE, TIMELINE_FILE, rank_folder, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,25 +57,28 @@ def print_summary(sweep_dir: Path, console: "Console") -> None:
 
 
 def _draw_jobs(sheet: Sheet) -> tuple[dict[int, Timeline], list[str]]:
-    """Draw the timeline of each job that left one.
+    """Draw the timeline of each rank of each job that left one.
 
     Returns:
-        The timeline of each configuration by its number, and what is wrong with the files that cannot be read.
+        The timeline of each configuration by its number, of several ranks that of the fullest; and what is wrong with
+        the files that cannot be read.
     """
     timelines: dict[int, Timeline] = {}
     damaged = []
     for row in sheet.rows:
-        taken_over = row.find(MEMORY_EVENTS_FILE)
-        folders = dict.fromkeys(sheet.folder / record.name for record in row.records)
-        for folder in dict.fromkeys([*folders, *([taken_over.parent] if taken_over else [])]):
-            try:
-                timeline = read_timeline(folder)
-            except RecordError as error:
-                damaged.append(str(error))
-                continue
-            if timeline is None:
-                continue
-            timelines.setdefault(row.number, timeline)
-            if folder in folders:
-                draw(timeline, folder / TIMELINE_FILE)
+        for record in row.records:
+            for rank in range(max(1, len(record.ranks))):
+                folder = rank_folder(sheet.folder / record.name, rank)
+                source = folder if (folder / MEMORY_EVENTS_FILE).exists() or not record.measured_in else None
+                try:
+                    timeline = read_timeline(source or rank_folder(Path(record.measured_in or folder), rank))
+                except RecordError as error:
+                    damaged.append(str(error))
+                    continue
+                if timeline is None:
+                    continue
+                if rank == fullest_rank(record):
+                    timelines.setdefault(row.number, timeline)
+                if source:
+                    draw(timeline, folder / TIMELINE_FILE)
     return timelines, damaged

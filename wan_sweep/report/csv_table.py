@@ -12,6 +12,8 @@ from wan_sweep.units import mib
 def csv_text(records: Sequence[Record]) -> str:
     """Return the table: job, outcome, reason, the knobs that differ, the metrics in MiB, seconds and percent.
 
+    Of several ranks each has its metrics in columns of its own, too.
+
     Where some jobs were measured and others estimated, a column tells which, and estimates have columns of their own.
     """
     knobs = list(dict.fromkeys(knob for record in records for knob in record.overrides))
@@ -19,22 +21,29 @@ def csv_text(records: Sequence[Record]) -> str:
         knobs.append("repeat")
     if len({record.mode for record in records}) > 1 and "mode" not in knobs:
         knobs.append("mode")
-    metrics = list(dict.fromkeys((_column(record, name), name) for record in records for name in record.metrics))
+    numbers = [_numbers(record) for record in records]
+    pairs = zip(records, numbers, strict=True)
+    metrics = list(dict.fromkeys((_column(record, name), name) for record, known in pairs for name in known))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["job", "outcome", "reason", *knobs, *(column for column, _ in metrics)])
-    for record in records:
+    for record, known in zip(records, numbers, strict=True):
         settings = {knob: text(value) for knob, value in record.overrides.items()}
         settings |= {"repeat": str(record.repeat), "mode": record.mode}
         values = [
-            _tracked_value(name, record.metrics[name])
-            if name in record.metrics and _column(record, name) == column
-            else ""
+            _tracked_value(name, known[name]) if name in known and _column(record, name) == column else ""
             for column, name in metrics
         ]
         reason = " ".join(record.reason.split())
         writer.writerow([record.number, record.outcome, reason, *(settings.get(knob, "") for knob in knobs), *values])
     return buffer.getvalue()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """Return the metrics of the job and, where there are several, those of each rank."""
+    ranks = record.ranks if len(record.ranks) > 1 else []
+    of_ranks = {f"rank{rank['rank']}/{name}": value for rank in ranks for name, value in rank["metrics"].items()}
+    return {**record.metrics, **of_ranks}
 
 
 def _column(record: Record, metric: str) -> str:

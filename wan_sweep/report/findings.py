@@ -11,6 +11,8 @@ from wan_sweep.report.change import NOISE_PCT, change_of, differ
 from wan_sweep.report.effects import effects
 from wan_sweep.report.estimates import FITS_TITLE, SURE_TITLE, certainty, fits
 from wan_sweep.report.fidelity import fidelity
+from wan_sweep.report.ranks import TITLE as RANKS_TITLE
+from wan_sweep.report.ranks import rank_lines
 from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, Spread, job_list, word_list
 from wan_sweep.units import format_bytes, format_seconds
 
@@ -21,7 +23,7 @@ _NOTABLE_FLUCTUATION_PCT = 3.0
 CHECKS_TITLE = "Checks before the start"
 _BOTTLENECKS_TITLE = "Where the peaks come from"
 _FIDELITY_TITLE = "Fidelity"
-_FOR_EACH_JOB = frozenset({_BOTTLENECKS_TITLE, _FIDELITY_TITLE, FITS_TITLE, SURE_TITLE})
+_FOR_EACH_JOB = frozenset({_BOTTLENECKS_TITLE, RANKS_TITLE, _FIDELITY_TITLE, FITS_TITLE, SURE_TITLE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ def sections(sheet: Sheet) -> list[Section]:
     found = [
         (FITS_TITLE, fits(sheet)),
         (_BOTTLENECKS_TITLE, bottlenecks(sheet)),
+        (RANKS_TITLE, rank_lines(sheet)),
         (ADVICE_TITLE, advice(sheet)),
         ("What each knob changes", [effect.sentence() for effect in effects(sheet) if not effect.is_nothing]),
         ("Without effect", without_effect(sheet)),

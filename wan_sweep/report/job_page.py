@@ -9,6 +9,7 @@ from wan_sweep.report.bottleneck import bottleneck
 from wan_sweep.report.fidelity import row_words
 from wan_sweep.report.findings import record_warnings, unmeasured_row
 from wan_sweep.report.markup import bullets, definitions, element, image, paragraph, plain_table
+from wan_sweep.report.ranks import HEADS, rank_file, rank_rows, several_ranks
 from wan_sweep.report.reproduce import command_of
 from wan_sweep.report.sheet import COMPONENTS, PEAK_ALLOCATED, PHASES, TOTAL_SECONDS, Row, Sheet, phase_peak
 from wan_sweep.schema import text
@@ -41,9 +42,14 @@ def _body(row: Row, sheet: Sheet) -> Iterator[str]:
     sentence = bottleneck(row, sheet)
     if sentence:
         yield paragraph(f"{sentence[:1].upper()}{sentence[1:]}.")
-    timeline = row.find(TIMELINE_FILE)
-    if timeline:
-        yield image(timeline, f"Memory of job {row.number} over time")
+    record = several_ranks(row)
+    for rank in range(len(record.ranks) if record else 1):
+        timeline = row.find(rank_file(rank, TIMELINE_FILE))
+        if timeline:
+            yield image(timeline, f"Memory of job {row.number}{f', rank {rank},' if record else ''} over time")
+    if record:
+        yield element("h3", "Ranks")
+        yield plain_table(HEADS, rank_rows(record))
     if row.phase_peaks:
         yield element("h3", "Phases")
         yield _phases(row)

@@ -9,10 +9,11 @@ from statistics import median
 from typing import Self
 
 from wan_sweep.errors import RecordError
+from wan_sweep.headline import PEAK_RANK
 from wan_sweep.record import RECORD_FILE, Record, load_record
 from wan_sweep.report.attribution import Attribution, read_attribution
 from wan_sweep.schema import text
-from wan_sweep.store import ATTRIBUTION
+from wan_sweep.store import ATTRIBUTION, rank_folder
 from wan_sweep.units import GIB
 
 PEAK_ALLOCATED = "memory/peak/allocated_bytes"
@@ -250,13 +251,19 @@ def read_sheet(sweep_dir: Path) -> Sheet:
     records, damaged = read_records(sweep_dir)
     rows = []
     for row in group(records, sweep_dir):
-        path = row.find(ATTRIBUTION.result)
+        path = row.find(_attribution_file(row))
         try:
             rows.append(replace(row, attribution=read_attribution(path)) if path else row)
         except RecordError as error:
             damaged.append(str(error))
             rows.append(row)
     return Sheet(folder=sweep_dir, rows=tuple(rows), damaged=tuple(damaged))
+
+
+def _attribution_file(row: Row) -> str:
+    """Return the file that tells who fills the device at the peak: that of the rank with the highest one."""
+    fullest = next((int(one.metrics[PEAK_RANK]) for one in row.records if PEAK_RANK in one.metrics), 0)
+    return (rank_folder(Path(), fullest) / ATTRIBUTION.result).as_posix()
 
 
 def group(records: Iterable[Record], folder: Path) -> list[Row]:

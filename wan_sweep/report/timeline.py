@@ -79,6 +79,7 @@ class Timeline:
         number: of the job.
         name: of the job's folder.
         device: where it ran.
+        rank: which of several ranks it is of; None where there is one.
         trouble: outcome and reason of a job that was not ok; empty otherwise.
         times: of the boundaries.
         allocated: at the boundaries.
@@ -93,6 +94,7 @@ class Timeline:
     number: int
     name: str
     device: str
+    rank: int | None
     trouble: str
     times: tuple[float, ...]
     allocated: tuple[int, ...]
@@ -162,6 +164,7 @@ def _timeline(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]], t
         number=document["job"]["number"],
         name=document["job"]["name"],
         device=document["device"],
+        rank=document["rank"] if document.get("num_ranks", 1) > 1 else None,
         trouble=trouble,
         times=tuple(event["elapsed_s"] for event in events),
         allocated=tuple(event["allocated_bytes"] for event in events),

@@ -33,7 +33,7 @@ _VISIBLE = 0.002
 
 
 def draw_timeline(job_folder: Path) -> Path | None:
-    """Draw memory_timeline.png into a job's folder; None where the job left no events.
+    """Draw memory_timeline.png into the folder of a job, or of one of its ranks; None where it left no events.
 
     Raises:
         RecordError: the events cannot be read; the message names the file.
@@ -280,6 +280,8 @@ def _title(timeline: Timeline) -> str:
 
 def _subtitle(timeline: Timeline) -> str:
     words = [f"job {timeline.number}: {timeline.name.partition('_')[2].replace(',', ', ')}", timeline.device]
+    if timeline.rank is not None:
+        words.insert(1, f"rank {timeline.rank}")
     if timeline.has_reserve:
         words.append(f"reserved at most {format_bytes(max(timeline.reserved))}")
     return "   |   ".join(words)

@@ -6,7 +6,7 @@ let in, by the runner (timeout, interrupted, refused). The exact word is in the 
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -119,11 +119,10 @@ def clip(words: str) -> str:
 
 
 def points_of(record: Record) -> Iterator[Point]:
-    """Yield every reading: the job's, its series by step, and those of single ranks where ranks differ."""
+    """Yield every reading: the job's, its series by step, and those of each rank where there are several."""
     yield from _points("", {**_headlines(record), **record.metrics}, record.series)
-    for rank in record.ranks:
-        metrics, series = (_differing(part, rank, record.ranks) for part in ("metrics", "series"))
-        yield from _points(f"rank{rank['rank']}/", metrics, series)
+    for rank in record.ranks if len(record.ranks) > 1 else []:
+        yield from _points(f"rank{rank['rank']}/", rank.get("metrics", {}), rank.get("series", {}))
 
 
 def _headlines(record: Record) -> Mapping[str, float]:
@@ -147,15 +146,6 @@ def _reading(name: str, value: object, step: int) -> Iterator[Point]:
         yield Point(key=name, value=float(value), step=step)
     else:
         yield Point(key=f"{stem}_mib", value=value / _MIB, step=step)
-
-
-def _differing(part: str, rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the entries of a rank that are not the same on all ranks."""
-    return {
-        name: value
-        for name, value in rank.get(part, {}).items()
-        if any(other.get(part, {}).get(name) != value for other in ranks)
-    }
 
 
 def _milliseconds(moment: str) -> int:

@@ -30,6 +30,11 @@ _JOB_FILES = (
     "trace*",
     "snapshot*",
     "video*.mp4",
+    "rank*/log*.txt",
+    "rank*/*.png",
+    "rank*/memory_events.json",
+    "rank*/attribution.json",
+    "rank*/snapshot*",
 )
 _SWEEP_FILES = ("results.csv", "report.md", "report.html", "*.png")
 _PICTURE = re.compile(r"^!\[.*\n?", re.MULTILINE)
@@ -88,7 +93,8 @@ def _send(store: Store, folder: Path, payload: Payload, patterns: Sequence[str])
         write_entry(folder, entry)
     _send_values(store, run_id, payload)
     for path in _files(folder, patterns):
-        client.log_artifact(run_id, str(path))
+        inside = path.parent.relative_to(folder).as_posix()
+        client.log_artifact(run_id, str(path), None if inside == "." else inside)
     client.set_terminated(run_id, status=payload.status, end_time=payload.end_ms)
     write_entry(folder, replace(entry, state="sent"))
     return run_id

@@ -103,7 +103,9 @@ def fill_shares(module: nn.Module, write: WritePart, device: torch.device) -> No
         write: where the weights come from.
         device: where the shares shall be.
     """
-    module.to_empty(device=device)
+    # Not `to_empty`, which exchanges the insides of tensors: torch refuses that while its profiler knows them.
+    empty = {name: torch.empty_like(parameter, device=device) for name, parameter in module.named_parameters()}
+    module.load_state_dict(empty, assign=True)
     for name, (part, first) in own_parts(module).items():
         write(name, part.view(-1), first)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from wan_sweep.analyze.chrome.build import make_trace
 from wan_sweep.analyze.chrome.collect import Collector
+from wan_sweep.analyze.chrome.collectives import collectives_section, per_step
 from wan_sweep.analyze.chrome.costs import Cost
 from wan_sweep.analyze.chrome.devices import copies_section, device_section, kernels_section
 from wan_sweep.analyze.chrome.drawn import panels
@@ -18,6 +19,7 @@ from wan_sweep.analyze.chrome.trace import Trace
 from wan_sweep.analyze.chrome.work import annotations_section, modules_section, operations_section
 from wan_sweep.analyze.finding import Analysis, warning
 from wan_sweep.analyze.json_stream import JsonFile
+from wan_sweep.analyze.source import open_source
 from wan_sweep.analyze.wording import duration
 from wan_sweep.units import format_bytes
 
@@ -31,6 +33,26 @@ def collect(events: Iterable[Any]) -> Collector:
     for event in events:
         add(event)
     return collector
+
+
+def exchanged_per_step(path: Path) -> dict[str, float]:
+    """What a step of a trace exchanges with other ranks, as metrics of bytes and seconds; empty if nothing.
+
+    Raises:
+        UnreadableFileError: the file cannot be read, or is damaged.
+    """
+    with open_source(path, lambda _: None) as (stream, _):
+        file = JsonFile(stream, path)
+        found = per_step(make_trace(collect(file.events()), file.header))
+    if found is None:
+        return {}
+    told = {
+        "collectives/num_per_step": found.num,
+        "collectives/given_per_step_bytes": found.num_bytes,
+        "collectives/per_step_s": found.seconds,
+        "collectives/exposed_per_step_s": found.exposed_seconds,
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def analyze_trace(collector: Collector, file: JsonFile, path: Path, top: int) -> Analysis:
@@ -65,6 +87,7 @@ def analyze_trace(collector: Collector, file: JsonFile, path: Path, top: int) ->
             device_section(trace, clocks, places, top),
             copies_section(trace, top),
             kernels_section(trace, top),
+            collectives_section(trace, top),
         ],
         warnings=_warnings(collector, file, trace),
         panels=panels(trace, memory, clocks, found),

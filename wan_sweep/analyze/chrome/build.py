@@ -18,7 +18,7 @@ from wan_sweep.analyze.chrome.collect import (
     SliceColumns,
 )
 from wan_sweep.analyze.chrome.forest import NONE, Floats, Forest, Indices, Ints, plant
-from wan_sweep.analyze.chrome.trace import Activities, MemoryEvents, Parts, Trace, Windows, range_label, role
+from wan_sweep.analyze.chrome.trace import Activities, MemoryEvents, OnCpu, Parts, Trace, Windows, range_label, role
 
 if TYPE_CHECKING:
     from array import array
@@ -46,6 +46,7 @@ def make_trace(collector: Collector, header: Mapping[str, Any]) -> Trace:
         roles=roles,
         forest=forest,
         activities=_activities(collector, forest, origin),
+        exchanges=_exchanges(collector, origin),
         streams=collector.streams.values(),
         memory=_memory(collector, forest, origin),
         phases=windows.of("phase"),
@@ -136,6 +137,17 @@ def _activities(collector: Collector, forest: Forest, origin: float) -> Activiti
         num_bytes=_column(columns.num_bytes)[order],
         launch=launch,
         asked_at=np.where(launch == NONE, start, forest.start[launch] if len(forest) else start),
+    )
+
+
+def _exchanges(collector: Collector, origin: float) -> OnCpu:
+    columns = collector.exchanges
+    start = _SECONDS_PER_MICROSECOND * (_column(columns.start) - origin)
+    return OnCpu(
+        start=start,
+        end=start + _SECONDS_PER_MICROSECOND * np.maximum(_column(columns.duration), 0.0),
+        name=_column(columns.name),
+        num_bytes=_column(columns.num_bytes),
     )
 
 

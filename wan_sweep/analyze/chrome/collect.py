@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from wan_sweep.analyze.checked import finite
+from wan_sweep.analyze.chrome.messages import GLOO, given_bytes
 
 OP, ANNOTATION, RUNTIME, PYTHON, OVERHEAD = range(5)
 _ON_DEVICE, _ON_DEVICE_ANNOTATION, _IGNORED = range(5, 8)
@@ -85,6 +86,16 @@ class ActivityColumns:
 
 
 @dataclass
+class ExchangeColumns:
+    """Collectives on the CPU: what this rank gives to others."""
+
+    start: "array[float]" = field(default_factory=lambda: array("d"))
+    duration: "array[float]" = field(default_factory=lambda: array("d"))
+    name: "array[int]" = field(default_factory=lambda: array("i"))
+    num_bytes: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+@dataclass
 class MemoryColumns:
     """Allocations, with positive bytes, and frees, with negative ones."""
 
@@ -124,6 +135,7 @@ class Collector:
         self.slices = SliceColumns()
         self.activities = ActivityColumns()
         self.device_annotations = SliceColumns()
+        self.exchanges = ExchangeColumns()
         self.memory = MemoryColumns()
         self.flow_starts = FlowColumns()
         self.flow_ends = FlowColumns()
@@ -155,8 +167,9 @@ class Collector:
             self._drop_half_added()
 
     def _drop_half_added(self) -> None:
-        groups = (self.slices, self.activities, self.device_annotations, self.memory, self.flow_starts, self.flow_ends)
-        for group in groups:
+        on_devices = (self.activities, self.device_annotations)
+        others = (self.exchanges, self.memory, self.flow_starts, self.flow_ends)
+        for group in (self.slices, *on_devices, *others):
             columns = [getattr(group, column.name) for column in fields(group)]
             length = min(map(len, columns))
             for column in columns:
@@ -188,6 +201,8 @@ class Collector:
             kind = _CATEGORIES.get(category.lower(), RUNTIME if category.endswith("_runtime") else OP)
         if kind < _ON_DEVICE:
             self._add_slice(self.slices, event, kind)
+            if kind == ANNOTATION and event["name"].startswith(GLOO):
+                self._add_exchange(event)
         elif kind == _ON_DEVICE:
             self._add_activity(event, _ACTIVITIES.get(category.lower(), KERNEL))
         elif kind == _ON_DEVICE_ANNOTATION:
@@ -209,6 +224,14 @@ class Collector:
         columns.lane.append(lane)
         columns.correlation.append(correlation)
 
+    def _add_exchange(self, event: Mapping[str, Any]) -> None:
+        start, duration, name = self._time(event), finite(event["dur"]), self._name(event)
+        given = given_bytes(event["name"], event.get("args") or {})
+        self.exchanges.start.append(start)
+        self.exchanges.duration.append(duration)
+        self.exchanges.name.append(name)
+        self.exchanges.num_bytes.append(UNKNOWN if given is None else given)
+
     def _begin(self, event: Mapping[str, Any]) -> None:
         self._add_slice(self.slices, event, _CATEGORIES.get(event.get("cat", ""), OP) % _ON_DEVICE)
         self.slices.duration[-1] = UNKNOWN
@@ -226,7 +249,9 @@ class Collector:
         details = event.get("args") or {}
         start, duration, name = self._time(event), finite(event["dur"]), self._name(event)
         device, stream = details.get("device", event.get("pid")), details.get("stream", event.get("tid"))
-        num_bytes, correlation = int(details.get("bytes", UNKNOWN)), int(details.get("correlation", UNKNOWN))
+        given = given_bytes(event["name"], details) if kind == KERNEL else None
+        num_bytes = int(details.get("bytes", UNKNOWN)) if given is None else given
+        correlation = int(details.get("correlation", UNKNOWN))
         columns = self.activities
         columns.start.append(start)
         columns.duration.append(duration)

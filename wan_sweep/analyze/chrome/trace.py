@@ -114,6 +114,16 @@ class Activities:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnCpu:
+    """Collectives on the CPU, in the order of the file; what this rank gives to others, UNKNOWN where nobody says."""
+
+    start: Floats
+    end: Floats
+    name: Indices
+    num_bytes: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryEvents:
     """Allocations (positive bytes) and frees (negative ones) of one device, sorted by time.
 
@@ -151,6 +161,7 @@ class Trace:
     roles: Sequence[tuple[str, str]]
     forest: Forest
     activities: Activities
+    exchanges: OnCpu
     streams: Sequence[tuple[Any, Any]]
     memory: Sequence[MemoryEvents]
     phases: Windows

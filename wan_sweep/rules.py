@@ -68,6 +68,11 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         if not is_estimate:
             _check_device(job, machine)
             _check_ranks(layout, device, machine)
+        elif layout.world_size > 1:
+            raise UsageError(
+                f"{layout.words()} cannot be estimated yet: estimates are of a run in one process; choose sizes of 1, "
+                "or measure on a machine with as many GPUs"
+            )
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))
@@ -127,11 +132,6 @@ def _check_mode(job: Job) -> None:
         raise UsageError(
             "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to measure "
             "on the CPU, or leave device=cpu out"
-        )
-    if build_layout(job).world_size > 1:
-        raise UsageError(
-            f"{build_layout(job).words()} cannot be estimated yet: estimates are of a run in one process; choose sizes "
-            "of 1, or measure on a machine with as many GPUs"
         )
     if job.attention_kernel == "fa3":
         raise UsageError(

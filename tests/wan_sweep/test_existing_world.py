@@ -63,9 +63,9 @@ def test_two_machines_run_the_jobs_that_fit_their_world_and_refuse_the_others(
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-assert os.environ["TORCHELASTIC_RESTART_COUNT"] == {number}
-(open(os.path.join(sys.argv[1], f"seen_{{rank}}"), "w")).write(str(os.getpid()))
-{body}
+assert not [name for name in os.environ if name.startswith("TORCHELASTIC")]
+with open(os.path.join(sys.argv[1], f"seen_{rank}"), "w") as file:
+    print(os.getpid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], file=file)
 """
 
 
@@ -86,8 +86,8 @@ class MadeUpWorld:
         place = Place(rank=1, size=2, local_rank=1, local_size=2)
         self.code = follow(self.folder, place, [sys.executable, str(self._program)])
 
-    def run(self, body: str, *, number: int = 1, limits: Limits | None = None) -> tuple[int, str | None]:
-        self._program.write_text(PROGRAM.format(number=repr(str(number)), body=body))
+    def run(self, body: str, *, limits: Limits | None = None) -> tuple[int, str | None]:
+        self._program.write_text(PROGRAM + body)
         command = [sys.executable, str(self._program)]
         limits = limits or Limits(timeout_s=30)
         ending = self.leader.run(self.jobs, MEASURE, command, limits=limits, look=lambda: False)
@@ -98,11 +98,16 @@ class MadeUpWorld:
         return {rank: failure["exit_code"] for rank, failure in found.items()}
 
     def pids(self) -> list[int]:
-        return [int((self.jobs / f"seen_{rank}").read_text()) for rank in range(2)]
+        return [int(seen[0]) for seen in self.seen()]
+
+    def seen(self) -> list[list[str]]:
+        """Process, address and port of each rank's worker."""
+        return [(self.jobs / f"seen_{rank}").read_text().split() for rank in range(2)]
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[MadeUpWorld]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpWorld]:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     made = MadeUpWorld(tmp_path)
     yield made
     made.leader.dismiss(7)
@@ -115,9 +120,14 @@ def is_gone(pid: int) -> bool:
 
 
 def test_every_rank_starts_its_worker_for_each_pass(world: MadeUpWorld) -> None:
-    assert world.run("") == (0, None)
-    assert len(set(world.pids())) == 2
-    assert world.run("", number=2) == (0, None)
+    ports = []
+    for _ in range(2):
+        assert world.run("") == (0, None)
+        (first, *meeting), (second, *same_meeting) = world.seen()
+        assert first != second
+        assert meeting == same_meeting
+        ports.append(meeting[1])
+    assert ports[0] != ports[1]  # the workers of a pass must not find those of the one before
     assert not (world.jobs / "failed_ranks.json").exists()
 
 
@@ -143,7 +153,7 @@ def test_a_limit_stops_all_ranks(world: MadeUpWorld) -> None:
     _, limit = world.run("time.sleep(60)", limits=Limits(timeout_s=2))
     assert limit == "time"
     assert all(is_gone(pid) for pid in world.pids())
-    assert world.run("", number=2) == (0, None)
+    assert world.run("") == (0, None)
 
 
 def test_a_sweep_without_a_job_lets_the_others_go(world: MadeUpWorld) -> None:

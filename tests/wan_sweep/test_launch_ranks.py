@@ -44,7 +44,8 @@ def wait_for_others():
     path.parent.mkdir(parents=True, exist_ok=True)
     exec(compile("import time\\ntime.sleep(60)", str(path), "exec"), {})
 def peers_are_there():
-    while len(list(job.glob("pid")) + list(job.glob("rank*/pid"))) < int(os.environ["WORLD_SIZE"]): time.sleep(0.02)
+    pids = [job / f"rank{one}" / "pid" if one else job / "pid" for one in range(int(os.environ["WORLD_SIZE"]))]
+    while not all(path.exists() and path.read_text() for path in pids): time.sleep(0.02)
 say("begin", "phase", "denoise")
 say("begin", "step", "step", 1 + rank, 4)
 peers_are_there()
@@ -93,6 +94,8 @@ def test_a_killed_rank_is_named_though_its_peer_complains_first(tmp_path: Path, 
     body = f"""
     if rank == {rank}:
         os.kill(os.getpid(), signal.SIGKILL)
+    peer = int((job / "pid" if rank else job / "rank1" / "pid").read_text())
+    while Path(f"/proc/{{peer}}/cmdline").exists() and Path(f"/proc/{{peer}}/cmdline").read_bytes(): time.sleep(0.01)
     fail("the connection was closed by a peer", is_from_peers=True)
     """
     result = run_ranks(tmp_path, body)

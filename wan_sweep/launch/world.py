@@ -11,6 +11,7 @@ end_<n>_<rank>.json for each pass; over.json at the end.
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -50,23 +51,28 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def worker_variables(place: Place, number: int) -> dict[str, str]:
+def worker_variables(place: Place, port: int) -> dict[str, str]:
     """What tells a worker its place in this world.
 
     Args:
         place: of this process, and so of the worker that it starts.
-        number: of the pass. Where torchrun keeps the store in which ranks meet, it keeps one for all passes; torch
-            tells the worlds in it apart by what it takes for the number of a restart.
+        port: on the machine of rank 0, at which the workers of this pass meet. The store that torchrun keeps open is of
+            no use: it remembers where the workers of the pass before were.
     """
-    kept = {name: value for name, value in os.environ.items() if name.startswith(("MASTER_", "TORCHELASTIC_"))}
     return {
-        **kept,
+        "MASTER_ADDR": os.environ["MASTER_ADDR"],
+        "MASTER_PORT": str(port),
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
         "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_size),
-        "TORCHELASTIC_RESTART_COUNT": str(number),
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 class Leader:
@@ -104,7 +110,9 @@ class Leader:
         self._meet()
         self._number += 1
         number = self._number
-        write_json(self._folder / f"order_{number}.json", {"folder": str(job_folder), "pass": one.name})
+        port = _free_port()
+        order = {"folder": str(job_folder), "pass": one.name, "port": port}
+        write_json(self._folder / f"order_{number}.json", order)
 
         def look_around() -> bool:
             if any(self._ends(number).values()):
@@ -116,7 +124,7 @@ class Leader:
                 [*command, str(job_folder), one.name],
                 folder=job_folder,
                 log=job_folder / one.log,
-                environment={**worker_environment(), **worker_variables(self._place, number)},
+                environment={**worker_environment(), **worker_variables(self._place, port)},
                 limits=limits,
                 look=look_around,
             )
@@ -228,7 +236,7 @@ def _obey(order: dict[str, Any], folder: Path, place: Place, number: int, comman
             [*command, str(job_folder), one.name],
             folder=home,
             log=home / one.log,
-            environment={**worker_environment(), **worker_variables(place, number)},
+            environment={**worker_environment(), **worker_variables(place, int(order["port"]))},
             limits=Limits(),
             look=look,
         )

@@ -105,8 +105,8 @@ class Job:
     linear_format: Annotated[
         LinearFormat,
         Rule(
-            meaning="Linear layers of the DiT's blocks: same as precision; fp8 stores and multiplies them in eight bits, "
-            "fp8_weights only stores them so; both are approximate."
+            meaning="Linear layers of the DiT's blocks: same as precision; fp8 stores and multiplies them in eight "
+            "bits, fp8_weights only stores them so; both are approximate."
         ),
     ] = "same"
     attention_slicing: Annotated[

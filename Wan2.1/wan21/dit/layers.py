@@ -202,9 +202,7 @@ class CrossAttention(nn.Module):
         """Keys and values of each thing that is attended to by itself, [B, S, N, K] each; the results are added."""
         return [self._heads(context, self.k, self.v, self.norm_k)]
 
-    def _heads(
-        self, context: torch.Tensor, k: nn.Linear, v: nn.Linear, norm_k: RmsNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heads(self, context: torch.Tensor, k: Linear, v: Linear, norm_k: RmsNorm) -> tuple[torch.Tensor, torch.Tensor]:
         run = self.operations
         keys = run.heads(run.linear(k, context), norm_k, self.num_heads)
         return keys, run.linear(v, context).unflatten(-1, (self.num_heads, -1))

@@ -87,7 +87,7 @@ def scaled_linear(x: ScaledRows, weight: ScaledRows, bias: Tensor, out: Tensor |
     return out.view(shape)
 
 
-def quantize_heads(x: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_heads(x: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises queries, keys or values with a scale for each head.
 
     Args:
@@ -95,22 +95,17 @@ def quantize_heads(x: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor,
         centred: take the mean over the tokens away before.
 
     Returns:
-        [B, L, N, K] in e4m3, the scales [B, N], and the mean [B, 1, N, K], if centred; both float32.
+        [B, L, N, K] in e4m3, the scales [B, N], and what was taken away, [B, 1, N, K]; both float32.
 
     Memory: the result, and some [B, N, K].
     """
-    low, high = torch.aminmax(x, dim=1)
-    mean = x.mean(dim=1, dtype=torch.float32) if centred else None
-    if mean is None:
-        peak = torch.maximum(high, -low).float()
-    else:
-        peak = torch.maximum(high - mean, mean - low)
-    peak = peak.amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_PEAK)  # [B, N, 1]
-    factor = (LARGEST / peak).expand(low.shape)
-    summand = torch.zeros_like(factor) if mean is None else -mean * factor
-    rows = (part.unsqueeze(1).flatten(2).contiguous() for part in (factor, summand))
+    low, high = torch.aminmax(x, dim=1)  # [B, N, K]
+    mean = x.mean(dim=1, dtype=torch.float32) if centred else torch.zeros_like(low, dtype=torch.float32)
+    peak = torch.maximum(high - mean, mean - low).amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_PEAK)  # [B, N, 1]
+    factor = (LARGEST / peak).expand(mean.shape)
+    rows = (part.unsqueeze(1).flatten(2).contiguous() for part in (factor, -mean * factor))
     values = torch.ops.wan21.affine_fp8(x.flatten(2), *rows)
-    return values.view(x.shape), (peak / LARGEST).squeeze(-1), None if mean is None else mean.unsqueeze(1)
+    return values.view(x.shape), (peak / LARGEST).squeeze(-1), mean.unsqueeze(1)
 
 
 def _quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:

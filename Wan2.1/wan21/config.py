@@ -571,8 +571,9 @@ class Options:
             )
         if self.layout.ring > 1 and self.attention_kernel in FA3_KERNELS:
             raise UsageError(
-                f"attention_kernel={self.attention_kernel} does not tell its denominator, which ring_size above 1 needs "
-                "to join the parts; choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of ring_size"
+                f"attention_kernel={self.attention_kernel} does not tell its denominator, which ring_size above 1 "
+                "needs to join the parts; choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of "
+                "ring_size"
             )
 
 

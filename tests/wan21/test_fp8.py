@@ -57,7 +57,7 @@ def components(**options: Any) -> Components:
 def make(operations: Operations, dtype: torch.dtype, *, scaled: bool) -> Dit:
     with torch.device("meta"):
         model = Dit(TINY.dit, dtype=dtype, operations=operations)
-        names = [f"blocks.{name}" for name in store_in_fp8(model.blocks)] if scaled else []
+        names = store_in_fp8(model.sequence()) if scaled else []
     materialize(model, ScaledSource(weights().dit(), names, torch.device("cpu")), torch.device("cpu"))
     return model
 
@@ -156,7 +156,7 @@ def test_any_stretch_of_a_source_is_what_quantising_the_whole_gives(
 def test_shares_of_packed_blocks_put_together_are_the_whole(num_shares: int) -> None:
     with torch.device("meta"):
         model = Dit(TINY.dit, dtype=torch.bfloat16)
-        names = [f"blocks.{name}" for name in store_in_fp8(model.blocks)]
+        names = store_in_fp8(model.sequence())
     parameters = {name: p for name, p in model.named_parameters() if name.startswith("blocks.2.")}
     packing = Packing(parameters, num_shares)
     buffer = torch.zeros(packing.num_bytes, dtype=torch.uint8)

@@ -109,7 +109,7 @@ def test_a_forward_of_the_tiny_transformer_is_near_the_one_in_float32() -> None:
     def velocity(operations: Operations, dtype: torch.dtype, *, scaled: bool, rows: int = 4096) -> torch.Tensor:
         with torch.device("meta"):
             model = Dit(spec.dit, dtype=dtype, operations=operations)
-            names = [f"blocks.{name}" for name in store_in_fp8(model.blocks)] if scaled else []
+            names = store_in_fp8(model.sequence()) if scaled else []
         weights = RandomWeights(spec, 0, runtime.generator).dit()
         materialize(model, ScaledSource(weights, names, runtime.device), runtime.device)
         generator = runtime.generator(1)

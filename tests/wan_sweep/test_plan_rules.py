@@ -246,7 +246,6 @@ def test_as_many_ranks_as_there_are_gpus_can_run_and_on_a_cpu_any_number(
     assert resolve(Job().replace(**knobs), machine).refusal == ""
 
 
-
 FASTEST_FP8 = Job(kernels="auto", attention_kernel="fa3_fp8", linear_format="fp8", precision="bf16")
 
 

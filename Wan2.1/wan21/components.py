@@ -10,7 +10,7 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_capability, check_device
+from wan21.config import ModelSpec, Options, check_capability, check_device, depends_on_capability
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_fp8
 from wan21.dit.model import Dit
@@ -61,7 +61,7 @@ def make_operations(options: Options, device: torch.device) -> Operations:
         UsageError: a kernel that this device or number format does not have.
     """
     check_device(options, device.type)
-    if device.type == "cuda":
+    if depends_on_capability(options):  # else the device may be one that only estimates
         check_capability(options, torch.cuda.get_device_capability(device))
     attention = choose_attention(options.attention_kernel)
     if options.linear_format == "fp8":

@@ -176,6 +176,17 @@ def test_a_scaled_forward_is_the_same_however_weights_come(strategy: dict[str, A
     assert torch.equal(actual, forward(make(Operations(), torch.bfloat16, scaled=True)))
 
 
+def test_nothing_of_a_source_stays_when_it_is_closed() -> None:
+    runtime = CpuRuntime()
+    with runtime.counting():
+        before = runtime.memory().allocated_bytes
+        with ScaledSource(Given(weight=drawn(24, 40)), ["weight"], torch.device("cpu")) as source:
+            destination = torch.empty(24, 40, dtype=fp8.FP8)
+            source.write("weight", destination)
+            del source._source.tensors["weight"]
+        assert runtime.memory().allocated_bytes - before == destination.numel()
+
+
 def linear_bytes(model: Dit) -> int:
     return sum(
         parameter_bytes(layer) for layer in model.blocks.modules() if isinstance(layer, (nn.Linear, ScaledLinear))

@@ -50,6 +50,7 @@ class ScaledSource(Source):
             self._source.write_part(name, destination, first)
 
     def close(self) -> None:
+        self._scales.clear()
         self._source.close()
 
     def _weight_of(self, name: str) -> str | None:

@@ -99,6 +99,7 @@ def build_options(job: Job) -> Options:
         t5_cpu=job.t5_cpu,
         kernels=cast("Kernels", job.kernels),
         attention_kernel=cast("AttentionKernel", job.attention_kernel),
+        linear_format=job.linear_format,
         attention_slices=slices,
         resident_gib=job.resident_gib,
         rows_at_once=job.rows_at_once,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wan21.config import ModelSpec, check_device, model_spec
+from wan21.config import FA3_KERNELS, ModelSpec, check_capability, check_device, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
@@ -67,6 +67,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             )
         if not is_estimate:
             _check_device(job, machine)
+            _check_capability(job, machine)
             _check_ranks(layout, device, machine)
         elif layout.world_size > 1:
             raise UsageError(
@@ -133,9 +134,15 @@ def _check_mode(job: Job) -> None:
             "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to measure "
             "on the CPU, or leave device=cpu out"
         )
-    if job.attention_kernel == "fa3":
+    if job.attention_kernel in FA3_KERNELS:
         raise UsageError(
-            "attention_kernel=fa3 cannot be estimated: what it allocates is in no table; choose attention_kernel=sdpa"
+            f"attention_kernel={job.attention_kernel} cannot be estimated: what it allocates is in no table; choose "
+            "attention_kernel=sdpa"
+        )
+    if job.linear_format != "same":
+        raise UsageError(
+            f"linear_format={job.linear_format} cannot be estimated: it was not compared with measured runs; choose "
+            "linear_format=same"
         )
     if job.use_prompt_extend:
         raise UsageError(
@@ -148,6 +155,13 @@ def _check_mode(job: Job) -> None:
                 f"{name}=true needs a run that can be watched, and mode=estimate runs nothing; choose {name}=false "
                 "(an estimate names what fills the card without it), or mode=measure"
             )
+
+
+def _check_capability(job: Job, machine: Machine) -> None:
+    for gpu in machine.gpus if job.device == "cuda" else ():
+        if gpu.compute_capability:  # or the driver does not tell; the worker asks torch
+            major, minor = map(int, gpu.compute_capability.split("."))
+            check_capability(build_options(job), (major, minor))
 
 
 def _check_ranks(layout: Layout, device: str, machine: Machine) -> None:

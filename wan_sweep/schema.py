@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from wan21.config import MODELS, AttentionKernel, Kernels, LoadStrategy, Precision, Solver
+from wan21.config import MODELS, AttentionKernel, Kernels, LinearFormat, LoadStrategy, Precision, Solver
 from wan21.prompt.settings import Language, Method
 from wan_sweep.cards import CARDS, DEFAULT_CARD
 
@@ -99,9 +99,16 @@ class Job:
         Literal["auto"] | AttentionKernel,
         Rule(
             meaning="Kernel of the DiT's self attention; sdpa leaves the choice to torch, fa3 needs the package "
-            "fa3-fwd, auto takes the fastest that is there."
+            "fa3-fwd, fa3_fp8 too and is approximate, auto takes the fastest exact one that is there."
         ),
     ] = "sdpa"
+    linear_format: Annotated[
+        LinearFormat,
+        Rule(
+            meaning="Linear layers of the DiT's blocks: same as precision; fp8 stores and multiplies them in eight "
+            "bits, fp8_weights only stores them so; both are approximate."
+        ),
+    ] = "same"
     attention_slicing: Annotated[
         bool | int, Rule(meaning="Attention in slices: false, true (a fitting number), or the number.", at_least=1)
     ] = False

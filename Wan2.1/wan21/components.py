@@ -10,7 +10,9 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_device
+from wan21.config import ModelSpec, Options, check_capability, check_device, depends_on_capability
+from wan21.dit.fp8 import Fp8Operations
+from wan21.dit.linear import store_in_fp8
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.errors import UsageError
@@ -23,7 +25,8 @@ from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
 from wan21.text.umt5 import TextEncoder
 from wan21.vae.vae import Vae
-from wan21.weights.components import Weights
+from wan21.weights.components import Source, Weights
+from wan21.weights.fp8 import ScaledSource
 from wan21.weights.load import check_names, materialize, parameter_bytes, put, total_bytes
 from wan21.weights.source import WeightSource
 
@@ -58,7 +61,11 @@ def make_operations(options: Options, device: torch.device) -> Operations:
         UsageError: a kernel that this device or number format does not have.
     """
     check_device(options, device.type)
-    attention = choose_attention(options.attention_kernel, device)
+    if depends_on_capability(options):  # else the device may be one that only estimates
+        check_capability(options, torch.cuda.get_device_capability(device))
+    attention = choose_attention(options.attention_kernel)
+    if options.linear_format == "fp8":
+        return Fp8Operations(attention)
     return Operations(attention) if options.kernels == "torch" else FusedOperations(attention)
 
 
@@ -128,12 +135,18 @@ class Components:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
+            scaled = store_in_fp8(module.sequence()) if self._options.linear_format != "same" else ()
+
+        def source() -> Source:
+            weights = self._weights.dit()
+            return ScaledSource(weights, scaled, self._runtime.device) if scaled else weights
+
         if self._options.layout.dit_fsdp:
             blocks, entrances = all_in_parts(module.sequence().values()), ["embed_text", "embed_pictures", "embed_time"]
-            return self._shard("dit", module, self._weights.dit, blocks, once=Dit.ONCE, entrances=entrances)
+            return self._shard("dit", module, source, blocks, once=Dit.ONCE, entrances=entrances)
         if self._options.load_strategy == "full":
-            return self._load("dit", module, self._weights.dit, self._runtime.device)
-        return self._stream("dit", module, self._weights.dit, module.sequence(), once=Dit.ONCE)
+            return self._load("dit", module, source, self._runtime.device)
+        return self._stream("dit", module, source, module.sequence(), once=Dit.ONCE)
 
     def vae(self, *, encodes: bool) -> Component[Vae]:
         """The VAE: the decoder, and the encoder if something will be encoded."""

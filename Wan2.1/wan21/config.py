@@ -20,7 +20,8 @@ Precision = Literal["fp16", "bf16", "fp32"]
 LoadStrategy = Literal["full", "block", "part"]
 Solver = Literal["unipc", "dpm++"]
 Kernels = Literal["torch", "fused"]
-AttentionKernel = Literal["sdpa", "cudnn", "flash", "fa3"]
+AttentionKernel = Literal["sdpa", "cudnn", "flash", "fa3", "fa3_fp8"]
+LinearFormat = Literal["same", "fp8", "fp8_weights"]
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -28,6 +29,16 @@ LOAD_STRATEGIES: tuple[str, ...] = get_args(LoadStrategy)
 SOLVERS: tuple[str, ...] = get_args(Solver)
 KERNELS: tuple[str, ...] = get_args(Kernels)
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
+LINEAR_FORMATS: tuple[str, ...] = get_args(LinearFormat)
+
+FA3_KERNELS: tuple[AttentionKernel, ...] = ("fa3", "fa3_fp8")
+"""Those of the package fa3-fwd. They compute in bfloat16, or eight bits, on Hopper, and do not tell the denominator."""
+
+HOPPER = 9
+"""Major compute capability."""
+
+FP8_PRODUCTS = (8, 9)
+"""Compute capability from which on GPUs multiply numbers of eight bits."""
 
 TASKS_WITH_QUIRKS: tuple[Task, ...] = ("flf2v",)
 """Those that prepare their sources with a mistake upstream, which `upstream_quirks` brings back."""
@@ -484,7 +495,9 @@ class Options:
         while they are computed, and T5's table of tokens always.
     kernels: "torch" runs torch's operators one after the other; "fused" kernels of our own, between the
         transformer's products and in the decoder of the VAE.
-    attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch.
+    attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch, "fa3_fp8" is approximate.
+    linear_format: of the linear layers in the transformer's blocks: "same" as `precision`; or, approximately, "fp8":
+        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`.
     resident_gib: of the streamed weights of each component so much stays on the device.
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as
         keep temporaries small.
@@ -508,6 +521,7 @@ class Options:
     t5_cpu: bool = False
     kernels: Kernels = "torch"
     attention_kernel: AttentionKernel = "sdpa"
+    linear_format: LinearFormat = "same"
     attention_slices: int | Literal["auto"] = 1
     rows_at_once: int | None = None
     residual_on_host: float = 0.0
@@ -523,6 +537,7 @@ class Options:
         one_of("load_strategy", self.load_strategy, LOAD_STRATEGIES)
         one_of("kernels", self.kernels, KERNELS)
         one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
+        one_of("linear_format", self.linear_format, LINEAR_FORMATS)
         if self.attention_slices != "auto" and self.attention_slices < 1:
             raise UsageError(
                 f"attention_slicing={self.attention_slices} is not a number of slices; "
@@ -549,10 +564,16 @@ class Options:
             raise UsageError(
                 "t5_fsdp=true shares the text encoder among devices, and t5_cpu=true keeps it off them; choose one"
             )
-        if self.layout.ring > 1 and self.attention_kernel == "fa3":
+        if self.layout.dit_fsdp and self.linear_format != "same":
             raise UsageError(
-                "attention_kernel=fa3 does not tell its denominator, which ring_size above 1 needs to join the parts; "
-                "choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of ring_size"
+                f"dit_fsdp=true shares layers of one number format, and linear_format={self.linear_format} has two; "
+                "choose load_strategy=block, which shares streamed weights among all ranks, or linear_format=same"
+            )
+        if self.layout.ring > 1 and self.attention_kernel in FA3_KERNELS:
+            raise UsageError(
+                f"attention_kernel={self.attention_kernel} does not tell its denominator, which ring_size above 1 "
+                "needs to join the parts; choose attention_kernel=sdpa, cudnn or flash, or ulysses_size in place of "
+                "ring_size"
             )
 
 
@@ -566,16 +587,58 @@ def check_device(options: Options, device: str) -> None:
         raise UsageError(
             f"kernels={options.kernels} runs on an NVIDIA GPU, not on device={device}; choose kernels=torch"
         )
+    _check_linear_format(options, device)
     name, way_out = options.attention_kernel, "choose attention_kernel=sdpa"
     if name == "sdpa":
         return
     if device != "cuda":
         raise UsageError(f"attention_kernel={name} runs on an NVIDIA GPU, not on device={device}; {way_out}")
-    allowed = ("bf16",) if name == "fa3" else ("bf16", "fp16")
+    allowed = ("bf16",) if name in FA3_KERNELS else ("bf16", "fp16")
     if options.precision not in allowed:
         raise UsageError(
             f"attention_kernel={name} cannot compute in precision={options.precision}; "
             f"{way_out}, or precision={' or '.join(allowed)}"
+        )
+
+
+def _check_linear_format(options: Options, device: str) -> None:
+    if options.linear_format != "fp8":
+        return
+    way_out = "linear_format=fp8_weights, which multiplies in precision"
+    if device != "cuda":
+        raise UsageError(f"linear_format=fp8 multiplies on an NVIDIA GPU, not on device={device}; choose {way_out}")
+    if options.kernels != "fused":
+        raise UsageError(
+            f"linear_format=fp8 quantises in kernels of our own, and kernels={options.kernels} has none; "
+            f"choose kernels=fused, or {way_out}"
+        )
+    if options.precision != "bf16":
+        raise UsageError(
+            f"linear_format=fp8 gives sums in bf16, not in precision={options.precision}; "
+            f"choose precision=bf16, or {way_out}"
+        )
+
+
+def depends_on_capability(options: Options) -> bool:
+    """Whether not every NVIDIA GPU can do this; `check_capability` says which can."""
+    return options.attention_kernel in FA3_KERNELS or options.linear_format == "fp8"
+
+
+def check_capability(options: Options, capability: tuple[int, int]) -> None:
+    """Refuses what GPUs of this compute capability cannot do.
+
+    Raises:
+        UsageError: names the knob, what it needs, and the way out.
+    """
+    this = f"this one has compute capability {'.'.join(map(str, capability))}"
+    if options.attention_kernel in FA3_KERNELS and capability[0] != HOPPER:
+        raise UsageError(
+            f"attention_kernel={options.attention_kernel} needs a Hopper GPU, and {this}; choose attention_kernel=sdpa"
+        )
+    if options.linear_format == "fp8" and capability < FP8_PRODUCTS:
+        raise UsageError(
+            f"linear_format=fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_PRODUCTS))} or higher, and "
+            f"{this}; choose linear_format=fp8_weights, which multiplies in precision"
         )
 
 

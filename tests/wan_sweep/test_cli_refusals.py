@@ -24,7 +24,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
         ("-m model=tiny,t2v-1.3b", "model=t2v-1.3b is not known; did you mean t2v-1.3B?"),
         (
             "optimization=all",
-            "optimization=all is not known\nChoose balanced, fastest, lowest_memory, memory_opt, none",
+            "optimization=all is not known\nChoose balanced, fastest, fastest_fp8, lowest_memory, memory_opt, none",
         ),
         ("+experiment=base", "experiment=base is not known"),
         ("experiment=baseline", "write +experiment=baseline"),

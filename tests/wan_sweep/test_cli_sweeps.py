@@ -118,7 +118,7 @@ def test_help_shows_commands_presets_and_knobs(wan_sweep: Command) -> None:
     done = wan_sweep("--help")
     assert done.returncode == 0, done.stderr
     assert "python -m wan_sweep -m precision=fp16,bf16 offload=true,false" in done.stdout
-    assert "optimization: balanced, fastest, lowest_memory, memory_opt, none" in done.stdout
+    assert "optimization: balanced, fastest, fastest_fp8, lowest_memory, memory_opt, none" in done.stdout
     assert "  precision=fp16\n      Weights and compute of the DiT.\n      fp16, bf16 or fp32\n" in done.stdout
 
 

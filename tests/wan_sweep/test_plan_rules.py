@@ -227,6 +227,7 @@ def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> N
     assert (estimated.kernels, estimated.attention_kernel) == ("fused", "sdpa")
     assert "is in no table" in resolve(Job(attention_kernel="fa3", precision="bf16"), machine).refusal
     assert "choose kernels=torch" in resolve(Job(kernels="fused", device="cpu"), machine).refusal
+    assert "was not compared with measured runs" in resolve(Job(linear_format="fp8_weights"), machine).refusal
 
 
 @pytest.mark.parametrize(
@@ -243,3 +244,29 @@ def test_as_many_ranks_as_there_are_gpus_can_run_and_on_a_cpu_any_number(
     machine: Machine, knobs: dict[str, Scalar]
 ) -> None:
     assert resolve(Job().replace(**knobs), machine).refusal == ""
+
+
+FASTEST_FP8 = Job(kernels="auto", attention_kernel="fa3_fp8", linear_format="fp8", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "words"),
+    [
+        ("9.0", {}, ""),
+        ("8.9", {"attention_kernel": "sdpa"}, ""),
+        ("8.9", {}, "attention_kernel=fa3_fp8 needs a Hopper GPU, and this one has compute capability 8.9"),
+        ("8.0", {"attention_kernel": "sdpa"}, "linear_format=fp8 needs a GPU of compute capability 8.9 or higher"),
+        ("8.0", {"attention_kernel": "sdpa", "linear_format": "fp8_weights"}, ""),
+        ("9.0", {"precision": "fp16", "attention_kernel": "sdpa"}, "linear_format=fp8 gives sums in bf16"),
+        ("9.0", {"kernels": "torch"}, "choose kernels=fused, or linear_format=fp8_weights"),
+    ],
+)
+def test_eight_bits_are_refused_where_the_gpu_cannot_multiply_them(
+    capability: str, changes: dict[str, Scalar], words: str
+) -> None:
+    gpu = Gpu(name="NVIDIA", total_bytes=80 * 2**30, used_bytes=0, compute_capability=capability)
+    packages = frozenset({"triton", "fa3_fwd_interface"})
+    machine = Machine(gpus=(gpu,), torch_version="2.11", torch_cuda="13.0", packages=packages)
+    refusal = resolve(FASTEST_FP8.replace(**changes), machine).refusal
+    assert words in refusal
+    assert bool(words) == bool(refusal)

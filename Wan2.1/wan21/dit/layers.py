@@ -16,7 +16,8 @@ from torch import nn
 
 from wan21.attention import attend
 from wan21.config import DitConfig
-from wan21.dit.operations import Modulation, Operations, RmsNorm
+from wan21.dit.linear import Linear
+from wan21.dit.operations import Activations, Modulation, Operations, RmsNorm
 from wan21.dit.residual import Outs, Residual, chunks, windows
 from wan21.dit.tokens import ALL, Tokens
 from wan21.parts import Enter
@@ -98,10 +99,10 @@ class SelfAttention(nn.Module):
         num_tokens, tokens = residual.shape[1], slicing.tokens
         whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
 
-        def normed(window: torch.Tensor) -> torch.Tensor:
+        def normed(window: torch.Tensor) -> Activations:
             return run.modulated(window, modulation, self.eps, self.dtype, norm_dtype)
 
-        def queries(rows: slice, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        def queries(rows: slice, x: Activations, out: torch.Tensor | None) -> torch.Tensor:
             return run.heads(run.linear(self.q, x), self.norm_q, self.num_heads, turns[rows], out)
 
         def form(rows: slice, window: torch.Tensor, outs: Outs) -> tuple[torch.Tensor, ...]:
@@ -157,6 +158,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: DitConfig, dtype: torch.dtype, operations: Operations) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.dtype = dtype
         self.operations = operations
         dim = config.dim
         self.q = nn.Linear(dim, dim, dtype=dtype)
@@ -185,26 +187,25 @@ class CrossAttention(nn.Module):
             [B, L, D], float32.
         """
         run = self.operations
-        dtype = self.q.weight.dtype
         with part("prompt"):
             pairs = self.keys_values(context)
         with part("cross"):
             for _, window in windows(residual, size, writes=True):
-                queries = run.heads(run.linear(self.q, run.normed(window, norm, dtype)), self.norm_q, self.num_heads)
+                x = run.linear(self.q, run.normed(window, norm, self.dtype))
+                queries = run.heads(x, self.norm_q, self.num_heads)
                 branch = run.linear(self.o, attend_each(queries, pairs))
                 residual = run.add(residual, window, branch)
-                del queries, branch
+                del x, queries, branch
         return residual
 
     def keys_values(self, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each thing that is attended to by itself, [B, S, N, K] each; the results are added."""
         return [self._heads(context, self.k, self.v, self.norm_k)]
 
-    def _heads(
-        self, context: torch.Tensor, k: nn.Linear, v: nn.Linear, norm_k: RmsNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.operations.heads(k(context), norm_k, self.num_heads)
-        return keys, v(context).unflatten(-1, (self.num_heads, -1))
+    def _heads(self, context: torch.Tensor, k: Linear, v: Linear, norm_k: RmsNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        run = self.operations
+        keys = run.heads(run.linear(k, context), norm_k, self.num_heads)
+        return keys, run.linear(v, context).unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Sequential):
@@ -218,10 +219,10 @@ class FeedForward(nn.Sequential):
         )
         self.operations = operations
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """[B, L, D] to [B, L, D].
 
         Memory: one [B, L, M].
         """
-        up, down = cast("nn.Linear", self[0]), cast("nn.Linear", self[2])
+        up, down = cast("Linear", self[0]), cast("Linear", self[2])
         return self.operations.feed_forward(up, down, x)

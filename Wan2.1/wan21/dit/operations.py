@@ -8,16 +8,22 @@ modulation and gates are float32; linear layers and attention run in the module'
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wan21.attention import Attention, attend
+from wan21.attention import Attention, attend, attend_with_fa3_fp8
 from wan21.config import DitConfig
+from wan21.dit.linear import Linear, ScaledLinear
 from wan21.dit.residual import Residual
 from wan21.kernels import tokens
+from wan21.kernels.fp8 import ScaledRows
 from wan21.rope import rotate
+
+Activations: TypeAlias = Tensor | ScaledRows
+"""What passes through a linear layer: rows in the compute dtype, or quantised ones for layers that take them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class Operations:
 
     def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Has everything compiled that a forward will need."""
+        if self.attend is attend_with_fa3_fp8:  # the only one that has kernels of our own
+            heads = torch.zeros((1, 1, config.num_heads, config.head_dim), dtype=dtype, device=device)
+            self.attend(heads, heads, heads)
 
     def modulated(
         self,
@@ -66,7 +75,7 @@ class Operations:
         eps: float,
         dtype: torch.dtype,
         norm_dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
+    ) -> Activations:
         """The normed residual, scaled and shifted in float32, then rounded to the compute dtype.
 
         Args:
@@ -86,11 +95,11 @@ class Operations:
             return torch.addcmul(modulation.shift, normed, modulation.scale).to(dtype)
         return torch.addcmul(modulation.shift, normed, modulation.scale, out=normed).to(dtype)
 
-    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Activations:
         """The residual [B, R, D] through a layer norm with weights, rounded to the compute dtype."""
         return norm(x).to(dtype)
 
-    def linear(self, layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def linear(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Tensor:
         """[B, R, D] through a linear layer; written to `out` of as many elements if there is one."""
         result: Tensor = layer(x)
         return result if out is None else out.copy_(result.view(out.shape))
@@ -119,7 +128,7 @@ class Operations:
             heads = rotate(heads, turns)
         return heads.to(x.dtype) if out is None else out.copy_(heads)
 
-    def feed_forward(self, up: nn.Linear, down: nn.Linear, x: Tensor) -> Tensor:
+    def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
         """[B, R, D] through two linear layers with a tanh-form GELU between them.
 
         Memory: one [B, R, M]; the GELU works in place unless gradients are kept.
@@ -162,6 +171,7 @@ class FusedOperations(Operations):
     """
 
     def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().warm_up(config, dtype, device)
         x = torch.zeros((1, 1, config.dim), dtype=torch.float32, device=device)
         weight, turns = x[0, 0], torch.zeros((1, 1, config.head_dim // 2), dtype=torch.complex64, device=device)
         for norm_dtype in {torch.float32, dtype}:
@@ -179,16 +189,16 @@ class FusedOperations(Operations):
         eps: float,
         dtype: torch.dtype,
         norm_dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
+    ) -> Activations:
         return tokens.modulate(x, modulation.scale, modulation.shift, eps, dtype, norm_dtype)
 
-    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    def normed(self, x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Activations:
         weight, bias = norm.weight.view(1, 1, -1), norm.bias.view(1, 1, -1)
         return tokens.modulate(x, weight, bias, norm.eps, dtype, torch.float32)
 
-    def linear(self, layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return layer(x)
+    def linear(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Tensor:
+        if out is None or isinstance(layer, ScaledLinear) or isinstance(x, ScaledRows):
+            return super().linear(layer, x, out)
         if x.shape[0] == 1:
             torch.addmm(layer.bias, x[0], layer.weight.t(), out=out.view(x.shape[1], -1))
             return out
@@ -202,7 +212,9 @@ class FusedOperations(Operations):
         tokens.rms_heads_(x, norm.weight, turns, norm.eps, out)
         return out
 
-    def feed_forward(self, up: nn.Linear, down: nn.Linear, x: Tensor) -> Tensor:
+    def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
+        if isinstance(up, ScaledLinear) or isinstance(x, ScaledRows):
+            return super().feed_forward(up, down, x)
         return down(tokens.linear_gelu(x.flatten(0, 1), up.weight, up.bias)).view(x.shape)
 
     def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:

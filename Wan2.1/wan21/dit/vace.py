@@ -78,7 +78,7 @@ class VaceBlock(Block):
         """
         if self.before_proj is None:
             raise ValueError("before_proj is missing: the control stream begins at the first block of VACE only")
-        return self.before_proj(tokens) + latent_tokens.to(self.dtype)
+        return self.operations.linear(self.before_proj, tokens) + latent_tokens.to(self.dtype)
 
     def forward(  # type: ignore[override]  # it takes and returns both streams
         self,
@@ -112,7 +112,7 @@ class VaceBlock(Block):
         with self.part("hint"):
             pairs = zip(windows(residual, size, writes=True), windows(control, size), strict=True)
             for (_, window), (_, source) in pairs:
-                hint = self.after_proj(source.to(self.dtype))
+                hint = self.operations.linear(self.after_proj, source.to(self.dtype))
                 hint = hint * scale if torch.is_grad_enabled() else hint.mul_(scale)
                 residual = self.operations.add(residual, window, hint)
                 del hint  # or it would stand beside the next one

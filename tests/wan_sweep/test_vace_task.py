@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_sweep.estimate.cards import card_named
 
 from wan21.frames import save_image, save_video
 from wan_sweep.allocator import Settings
 from wan_sweep.build import build_request
+from wan_sweep.cards import card_named
 from wan_sweep.environment import Gpu, Machine
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.record import load_records
@@ -36,7 +36,16 @@ def save_sources(folder: Path) -> dict[str, str]:
 def test_a_sweep_makes_a_video_from_files_and_without_them(wan_sweep: Command, tmp_path: Path) -> None:
     save_sources(tmp_path)
     done = wan_sweep(
-        *("-m", "model=tiny-vace", "size=96*64", "frame_num=5", "sample_steps=1", "track=false", "offload=true"),
+        *(
+            "-m",
+            "device=cpu",
+            "model=tiny-vace",
+            "size=96*64",
+            "frame_num=5",
+            "sample_steps=1",
+            "track=false",
+            "offload=true",
+        ),
         *("src_video=video.mp4,null", "src_ref_images='one.png,two.png'"),
     )
     assert done.returncode == 0, done.stderr

@@ -91,13 +91,21 @@ class Machine:
         }
 
 
+def _compute_capability(nvml: Any, handle: Any) -> str:  # noqa: ANN401 - NVML's binding carries no types
+    """Such as "9.0"; empty where the driver does not tell."""
+    try:
+        return ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle)))
+    except nvml.NVMLError:
+        return ""
+
+
 def _gpu(nvml: Any, handle: Any) -> Gpu:  # noqa: ANN401 - NVML's binding carries no types
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     return Gpu(
         name=str(nvml.nvmlDeviceGetName(handle)),
         total_bytes=int(memory.total),
         used_bytes=int(memory.used),
-        compute_capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+        compute_capability=_compute_capability(nvml, handle),
     )
 
 

@@ -124,17 +124,18 @@ def test_what_cannot_be_is_refused_in_the_plan(
     knobs: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DASH_API_KEY", raising=False)
-    job = Job.from_dict({"use_prompt_extend": True, **knobs})
+    job = Job.from_dict({"use_prompt_extend": True, "device": "cpu", **knobs})
     assert reason in resolve(job, NO_GPU).refusal
 
 
 def test_a_job_without_extension_does_not_depend_on_its_knobs() -> None:
     plain, idle = (
-        resolve(job, NO_GPU).job for job in (Job(), Job(prompt_extend_model="x", prompt_extend_target_lang="en"))
+        resolve(job, NO_GPU).job
+        for job in (Job(device="cpu"), Job(device="cpu", prompt_extend_model="x", prompt_extend_target_lang="en"))
     )
     assert job_key(plain, 0) == job_key(idle, 0)
-    extended = resolve(Job(use_prompt_extend=True), NO_GPU).job
+    extended = resolve(Job(device="cpu", use_prompt_extend=True), NO_GPU).job
     assert extended.prompt_extend_model == "Qwen2.5_14B"
     assert job_key(extended, 0) != job_key(plain, 0)
-    with_pictures = resolve(Job(model="tiny-i2v", use_prompt_extend=True), NO_GPU).job
+    with_pictures = resolve(Job(device="cpu", model="tiny-i2v", use_prompt_extend=True), NO_GPU).job
     assert with_pictures.prompt_extend_model == "QwenVL2.5_7B"

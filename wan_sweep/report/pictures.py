@@ -135,12 +135,13 @@ def draw_memory_time(sheet: Sheet, path: Path) -> str:
 
 
 def draw_steps(sheet: Sheet, path: Path) -> str:
-    """Draw the peak of allocated memory, and the seconds, of each denoising step."""
+    """Draw the peak of allocated memory, and the seconds where there are any, of each denoising step."""
     rows = [row for row in sheet.measured if _series(row, "step/allocated_bytes")]
     title = _steps_title(rows)
     names = [wrapped(f"{row.number}  {row.label}", _LABEL_CHARACTERS) for row in rows]
-    with picture(path, 9.4, 6.0 + room_below(names)) as figure:
-        memory, seconds = figure.subplots(2, 1, sharex=True)
+    is_timed = any(_series(row, "step/seconds") for row in rows)  # estimates are not: nothing runs
+    with picture(path, 9.4, (6.0 if is_timed else 3.6) + room_below(names)) as figure:
+        memory, *timed = figure.subplots(2 if is_timed else 1, 1, sharex=True, squeeze=False)[:, 0]
         handles: list[Line2D] = []
         for index, row in enumerate(rows):
             allocated = [in_unit(value, is_in_gib=sheet.is_in_gib) for value in _series(row, "step/allocated_bytes")]
@@ -151,14 +152,16 @@ def draw_steps(sheet: Sheet, path: Path) -> str:
             style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": width + 2, "linewidth": width}
             handles += memory.plot(steps, allocated, label=names[index], **style)
             durations = _series(row, "step/seconds")
-            seconds.plot(range(1, len(durations) + 1), durations, **style)
-        for axes, label in ((memory, f"peak allocated [{_unit(sheet)}]"), (seconds, "duration [s]")):
+            for axes in timed:
+                axes.plot(range(1, len(durations) + 1), durations, **style)
+        for axes, label in zip((memory, *timed), (f"peak allocated [{_unit(sheet)}]", "duration [s]"), strict=False):
             clean_value_axis(axes, "y")
             if axes.dataLim.y1 > 0:
                 axes.set_ylim(top=axes.dataLim.y1 * 1.1)
             axes.set_ylabel(label)
-        seconds.set_xlabel("denoising step")
-        seconds.xaxis.get_major_locator().set_params(integer=True)
+        lowest = (memory, *timed)[-1]
+        lowest.set_xlabel("denoising step")
+        lowest.xaxis.get_major_locator().set_params(integer=True)
         entitle(figure, title)
         name_lines(figure, handles, handlelength=3.2)
     return title

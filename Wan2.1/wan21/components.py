@@ -10,7 +10,7 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_capability, check_device, depends_on_capability
+from wan21.config import ModelSpec, Options, check_capability, check_device
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_fp8
 from wan21.dit.model import Dit
@@ -54,15 +54,15 @@ class Component(Generic[M]):
         return nullcontext() if self.parked is None else self.parked.brought_into(self.module)
 
 
-def make_operations(options: Options, device: torch.device) -> Operations:
+def make_operations(options: Options, runtime: Runtime) -> Operations:
     """How the transformer's blocks are carried out.
 
     Raises:
         UsageError: a kernel that this device or number format does not have.
     """
-    check_device(options, device.type)
-    if depends_on_capability(options):  # else the device may be one that only estimates
-        check_capability(options, torch.cuda.get_device_capability(device))
+    check_device(options, runtime.device.type)
+    if runtime.capability is not None:
+        check_capability(options, runtime.capability)
     attention = choose_attention(options.attention_kernel)
     if options.linear_format == "fp8":
         return Fp8Operations(attention)
@@ -87,7 +87,7 @@ class Components:
         self._runtime = runtime
         self._observer = observer
         self._world = world
-        self._operations = make_operations(options, runtime.device)
+        self._operations = make_operations(options, runtime)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
 

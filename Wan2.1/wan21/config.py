@@ -619,11 +619,6 @@ def _check_linear_format(options: Options, device: str) -> None:
         )
 
 
-def depends_on_capability(options: Options) -> bool:
-    """Whether not every NVIDIA GPU can do this; `check_capability` says which can."""
-    return options.attention_kernel in FA3_KERNELS or options.linear_format == "fp8"
-
-
 def check_capability(options: Options, capability: tuple[int, int]) -> None:
     """Refuses what GPUs of this compute capability cannot do.
 

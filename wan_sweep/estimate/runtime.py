@@ -106,6 +106,10 @@ class EstimatingRuntime(Runtime):
         self._num_streams = 1
         self._host_bytes = 0
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        return self._card.capability
+
     def facts(self) -> dict[str, str]:
         return {"device": self._card.name}
 

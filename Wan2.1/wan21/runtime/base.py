@@ -36,6 +36,11 @@ class Runtime(ABC):
     is_asynchronous: bool
     """Whether the device works on while the host goes ahead."""
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of an NVIDIA GPU; None of other devices."""
+        return None
+
     @abstractmethod
     def facts(self) -> dict[str, str]:
         """What a record should say of the device and of the libraries that compute on it."""

@@ -79,6 +79,10 @@ class CudaRuntime(Runtime):
             torch.cuda.set_per_process_memory_fraction(share, self.device)
         self._host = HostPages()
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(self.device)
+
     def facts(self) -> dict[str, str]:
         cudnn: Any = torch.backends.cudnn  # carries no types
         return {

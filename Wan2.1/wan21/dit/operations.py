@@ -165,7 +165,7 @@ class FusedOperations(Operations):
     """One kernel for what lies between two products, without gradients.
 
     Promise: the same sums in another order, and the GELU on sums that were not yet rounded. A forward differs from the
-    plain one by less than rounding to the compute dtype does (docs/parity.md).
+    plain one by about as much as rounding to the compute dtype changes it (docs/parity.md).
 
     Memory: no float32 copies of a chunk, and results are written where they go.
     """

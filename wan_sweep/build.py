@@ -103,6 +103,7 @@ def build_options(job: Job) -> Options:
         attention_slices=slices,
         resident_gib=job.resident_gib,
         rows_at_once=job.rows_at_once,
+        share_first_attention=job.share_first_attention,
         residual_on_host=job.residual_on_host,
         vae_budget_gib=job.vae_budget_gib,
         gradient_checkpointing=job.gradient_checkpointing,

@@ -123,6 +123,13 @@ class Job:
             at_least=1,
         ),
     ] = None
+    share_first_attention: Annotated[
+        bool,
+        Rule(
+            meaning="Both passes of guidance share the first block's self attention, which has not seen the prompt; a "
+            "copy of the residual waits on the device."
+        ),
+    ] = False
     residual_on_host: Annotated[
         float, Rule(meaning="Share of the DiT's residual that waits on the host, from 0 to 1.", at_least=0)
     ] = 0.0

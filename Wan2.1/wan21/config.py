@@ -501,6 +501,8 @@ class Options:
     resident_gib: of the streamed weights of each component so much stays on the device.
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as
         keep temporaries small.
+    share_first_attention: of both passes of guidance one works out the first block's self attention, which has not seen
+        the prompt, and the other takes it over; a copy of the residual waits in between.
     residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
         as finely as `rows_at_once` says.
     vae_budget_gib: what the VAE may take beside its weights; it then works in tiles, exactly. None: in whole frames.
@@ -508,7 +510,7 @@ class Options:
 
     Raises:
         UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,
-            or a budget below zero.
+            a budget below zero, or two options that contradict each other.
     """
 
     precision: Precision = "fp16"
@@ -524,6 +526,7 @@ class Options:
     linear_format: LinearFormat = "same"
     attention_slices: int | Literal["auto"] = 1
     rows_at_once: int | None = None
+    share_first_attention: bool = False
     residual_on_host: float = 0.0
     vae_budget_gib: float | None = None
     gradient_checkpointing: bool = False
@@ -549,9 +552,24 @@ class Options:
             raise UsageError(f"residual_on_host={self.residual_on_host} is not a share; choose 0 to 1, such as 0.5")
         if not 0 <= self.resident_gib < float("inf"):
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
+        self._check_sharing()
         self._check_layout()
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
+
+    def _check_sharing(self) -> None:
+        if not self.share_first_attention:
+            return
+        if self.residual_on_host:
+            raise UsageError(
+                f"share_first_attention=true keeps a copy of the residual on the device, and residual_on_host="
+                f"{self.residual_on_host:g} keeps the residual off it; choose one"
+            )
+        if self.load_strategy == "part":
+            raise UsageError(
+                "share_first_attention=true passes over weights that load_strategy=part brings in one after the other; "
+                "choose load_strategy=block or full, or share_first_attention=false"
+            )
 
     def _check_layout(self) -> None:
         for name in ("dit_fsdp", "t5_fsdp"):
@@ -670,6 +688,19 @@ def idle_knobs(
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
     if options.resident_gib and options.load_strategy == "full":
         idle["resident_gib"] = "with load_strategy=full all weights stay on the device"
+    if options.share_first_attention and (reason := _one_pass(options, spec, request)):
+        idle["share_first_attention"] = reason
     if options.t5_cpu and device == "cpu":
         idle["t5_cpu"] = "the whole job already runs on the CPU"
     return idle
+
+
+def _one_pass(options: Options, spec: ModelSpec | None, request: Request | None) -> str:
+    """Why a process makes no two passes that begin alike; empty if it does."""
+    if options.layout.cfg > 1:
+        return "with cfg_parallel=true each rank makes one of the two passes"
+    if request is not None and request.guide_scale == 1:
+        return "with sample_guide_scale=1 there is one pass"
+    if spec is not None and spec.dit.vace is not None:
+        return f"the control stream of {spec.name} begins before the first block"
+    return ""

@@ -9,16 +9,15 @@ from collections.abc import Callable
 
 import torch
 
+from wan21.dit.context import Context
 from wan21.parallel.exchange import gathered
 from wan21.parallel.world import Group
 
-Velocity = Callable[[torch.Tensor], torch.Tensor]
-"""A context [B, S, D] to a velocity [B, C, t, h, w], latents and timestep being fixed."""
+Velocity = Callable[[Context], torch.Tensor]
+"""A context to a velocity [B, C, t, h, w], latents and timestep being fixed."""
 
 
-def guided(
-    velocity: Velocity, conditioned: torch.Tensor, unconditioned: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def guided(velocity: Velocity, conditioned: Context, unconditioned: Context | None, scale: float) -> torch.Tensor:
     """The velocity for the prompt, pushed away from that for the negative prompt.
 
     Two passes, the conditioned one first. Without an unconditioned context there is one pass, which is what scale 1
@@ -40,7 +39,7 @@ def guided(
     return away + scale * (towards - away)
 
 
-def guided_together(velocity: Velocity, context: torch.Tensor, scale: float, group: Group) -> torch.Tensor:
+def guided_together(velocity: Velocity, context: Context, scale: float, group: Group) -> torch.Tensor:
     """The same, each of two processes making one pass; both get the same bits, which are those of one process.
 
     Args:

@@ -21,7 +21,9 @@ from wan21.conditioning import Condition, frame_mask, frame_pixels, load_picture
 from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
 from wan21.control import ControlSources, encode_control, load_control
 from wan21.decoding import decode
+from wan21.dit.context import Context
 from wan21.dit.model import Dit, ForwardPlan
+from wan21.dit.opening import Opening
 from wan21.dit.vace import Control
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
@@ -275,7 +277,7 @@ class TextToVideo:
         for group_index, group in enumerate(groups):
             sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
-            context, *negative = (context.expand(len(group), -1, -1) for context in contexts)
+            context, *negative = (context.expand(len(group)) for context in contexts)
             rows = (len(group), turns.shape[0], plan.most_rows)
             with self._residual(*rows) as residual, self._steering(request, control, *rows) as steering:
                 forward = partial(model, turns=turns, plan=plan, residual=residual, control=steering)
@@ -283,9 +285,9 @@ class TextToVideo:
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
                         given = sample if condition is None else condition.beside(sample)
-                        run = partial(forward, given, time.to(self._runtime.device))
+                        run = partial(forward, given, time.to(self._runtime.device), opening=self._opening(negative))
 
-                        def velocity(context: torch.Tensor, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
+                        def velocity(context: Context, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
                             return run(context, blocks=blocks_to_run(dit, self._runtime, self._observer))
 
                         if pair.size > 1:
@@ -296,6 +298,11 @@ class TextToVideo:
                         del flow, given
             finished += sample.split(1)
         return finished
+
+    def _opening(self, negative: list[Context]) -> Opening | None:
+        """What both passes of a step share, if there are two here and they shall."""
+        has_two = bool(negative) and self._spec.dit.vace is None
+        return Opening() if has_two and self._options.share_first_attention else None
 
     def _sampler(self, request: Request) -> Sampler:
         return make_sampler(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan21.kernels import tokens
 
@@ -53,6 +54,20 @@ def test_kernels_equal_their_references(batch: int, rows: int, dim: int, num_hea
         tokens.add_gated_(sums[0][:, 2 : 2 + rows], projected, factor)
         tokens._add_gated_reference(sums[1][:, 2 : 2 + rows], projected, factor)
         torch.testing.assert_close(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(("num_keys", "repeats"), [(1, 512), (38, 475), (64, 1), (129, 384), (257, 1), (512, 1)])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(12, 128), (3, 64), (2, 24)])
+def test_attention_to_few_keys_equals_its_reference(
+    num_heads: int, head_dim: int, num_keys: int, repeats: int, dtype: torch.dtype
+) -> None:
+    q, k, v = (torch.randn(2, n, num_heads, head_dim, device=DEVICE, dtype=dtype) for n in (777, num_keys, num_keys))
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = tokens._attend_counted_reference(*(x.double() for x in (q, k, v)), repeats).to(dtype)
+    # Weights are rounded to the number format before they are multiplied with the values.
+    difference = (tokens.attend_counted(q, k, v, repeats).float() - exact.float()).norm()
+    assert difference < 4 * ROUNDING[dtype] * exact.float().norm()
 
 
 def test_the_gelu_of_sums_is_nearer_to_float32_than_that_of_rounded_ones() -> None:

@@ -30,6 +30,7 @@ def make(operations: Operations, dtype: torch.dtype) -> Dit:
 @pytest.mark.parametrize("plan", [ForwardPlan(), ForwardPlan(query_slices=3, most_rows=64)])
 def test_a_fused_forward_is_put_together_as_the_plain_one(plan: ForwardPlan, batch: int, dtype: torch.dtype) -> None:
     latents, prompts = inputs(batch)
+    prompts = [prompt.repeat(31, 1)[: SMALL.text_len] for prompt in prompts]  # without padding, which is counted
     plain, fused = make(Operations(), dtype), make(FusedOperations(), dtype)
     expected = plain(latents, 700, plain.embed_text(prompts), plan=plan)
     assert torch.equal(fused(latents, 700, fused.embed_text(prompts), plan=plan), expected)
@@ -52,8 +53,10 @@ def test_operators_have_shapes_without_data() -> None:
         out = tokens.modulate(x, one, one, 1e-6, torch.bfloat16, torch.float32)
         tokens.add_gated_(x, out, one)
         tokens.rms_heads_(out, torch.empty(8), None, 1e-6, torch.empty(2, 3, 2, 4))
+        attended = tokens.attend_counted(torch.empty(2, 5, 2, 4), *torch.empty(2, 2, 3, 2, 4), 7)
         hidden = tokens.linear_gelu(out[0], torch.empty(16, 8, dtype=out.dtype), torch.empty(16, dtype=out.dtype))
     assert (out.shape, out.dtype) == ((2, 3, 8), torch.bfloat16)
+    assert (attended.shape, attended.dtype) == ((2, 5, 8), torch.float32)
     assert (hidden.shape, hidden.dtype) == ((3, 16), torch.bfloat16)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from wan21.config import DitConfig
+from wan21.dit.context import Context
 from wan21.dit.image import ImageCrossAttention
 from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows
+from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, windows
 from wan21.parts import InParts
@@ -52,29 +54,34 @@ class Block(InParts):
         self,
         residual: Residual,
         time: torch.Tensor,
-        context: torch.Tensor,
+        context: Context,
         turns: torch.Tensor,
         slicing: Slicing,
         norm_dtype: torch.dtype,
         room: torch.Tensor | None,
+        opening: Opening | None = None,
     ) -> Residual:
         """The residual after this block.
 
         Args:
             residual: [B, L, D], float32; written to unless gradients are kept.
             time: [B or 1, 6, D], float32; the projected timestep.
-            context: [B, S, D] in the compute dtype.
+            context: what cross attention reads.
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the first norm's output is rounded to.
             room: for keys and values, from the tokens' `room`; None where gradients are kept.
+            opening: of the first block; takes the residual behind self attention, or has given it.
 
         Returns:
             [B, L, D], float32.
         """
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + time).split(1, dim=1)
         modulation = Modulation(shift, 1 + scale, gate)
-        residual = self.self_attn(residual, modulation, turns, slicing, norm_dtype, room, self.part)
+        if opening is None or not opening.is_taken:
+            residual = self.self_attn(residual, modulation, turns, slicing, norm_dtype, room, self.part)
+            if opening is not None and isinstance(residual, torch.Tensor):
+                opening.keep(residual)
         size = chunk_rows(residual.shape, slicing.most_rows)
         residual = self.cross_attn(residual, self.norm3, context, size, self.part)
         modulation = Modulation(shift_ffn, 1 + scale_ffn, gate_ffn)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wan21.config import DitConfig
-from wan21.dit.layers import CrossAttention
+from wan21.dit.context import Context
+from wan21.dit.layers import CrossAttention, Read
 from wan21.dit.operations import Operations, RmsNorm
 
 EPS = 1e-5
@@ -54,17 +55,16 @@ class ImageCrossAttention(CrossAttention):
 
     def __init__(self, config: DitConfig, dtype: torch.dtype, operations: Operations) -> None:
         super().__init__(config, dtype, operations)
-        self.num_text_tokens = config.text_len
         self.k_img = nn.Linear(config.dim, config.dim, dtype=dtype)
         self.v_img = nn.Linear(config.dim, config.dim, dtype=dtype)
         self.norm_k_img = RmsNorm(config.dim, config.eps)
 
-    def keys_values(self, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def reads(self, context: Context) -> list[Read]:
         """Of the prompt, then of the pictures.
 
-        Args:
-            context: [B, I + S, D], the pictures' tokens first.
+        Raises:
+            ValueError: there are no pictures.
         """
-        num_image_tokens = context.shape[1] - self.num_text_tokens
-        image, text = context.split((num_image_tokens, self.num_text_tokens), dim=1)
-        return [*super().keys_values(text), self._heads(image, self.k_img, self.v_img, self.norm_k_img)]
+        if context.pictures is None:
+            raise ValueError("context.pictures is missing: this model looks at pictures; make it with embed_pictures")
+        return [*super().reads(context), (*self._heads(context.pictures, self.k_img, self.v_img, self.norm_k_img), 1)]

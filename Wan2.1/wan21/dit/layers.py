@@ -9,13 +9,13 @@ but keys, values and queries is as long as the video. With gradients kept there 
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
 
-from wan21.attention import attend
 from wan21.config import DitConfig
+from wan21.dit.context import Context
 from wan21.dit.linear import Linear
 from wan21.dit.operations import Activations, Modulation, Operations, RmsNorm
 from wan21.dit.residual import Outs, Residual, chunks, windows
@@ -142,13 +142,17 @@ def _wholes(room: torch.Tensor | None, *, with_queries: bool) -> Outs:
     return (*room, torch.empty_like(room[0])) if with_queries else tuple(room)
 
 
-def attend_each(q: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """What queries [B, L, N, K] read from each pair of keys and values [B, S, N, K], added: [B, L, D]."""
-    (k, v), *others = pairs
-    attended = attend(q, k, v)
-    for k, v in others:
+Read: TypeAlias = tuple[torch.Tensor, torch.Tensor, int]
+"""Keys and values, [B, S, N, K] each, and how often the last of them counts."""
+
+
+def read_each(operations: Operations, q: torch.Tensor, reads: Iterable[Read]) -> torch.Tensor:
+    """What queries [B, L, N, K] read from each of these, added: [B, L, D]."""
+    first, *others = reads
+    attended = operations.read(q, *first)
+    for read in others:
         # Rounded once, as the sum of two float32 tensors with such values would be.
-        attended = attended + attend(q, k, v)
+        attended = attended + operations.read(q, *read)
     return attended
 
 
@@ -168,9 +172,7 @@ class CrossAttention(nn.Module):
         self.norm_q = RmsNorm(dim, config.eps)
         self.norm_k = RmsNorm(dim, config.eps)
 
-    def forward(
-        self, residual: Residual, norm: nn.LayerNorm, context: torch.Tensor, size: int, part: Enter
-    ) -> Residual:
+    def forward(self, residual: Residual, norm: nn.LayerNorm, context: Context, size: int, part: Enter) -> Residual:
         """The residual with this branch added.
 
         Keys and values of the prompt are worked out in every pass: that costs less than a thousandth of it, and kept
@@ -179,7 +181,7 @@ class CrossAttention(nn.Module):
         Args:
             residual: [B, L, D], float32; written to.
             norm: what the queries' input passes first.
-            context: [B, S, D] in the compute dtype.
+            context: what is read.
             size: tokens handled at once.
             part: surrounds the use of weights: "prompt" of k and v, "cross" of the norm, q and o.
 
@@ -188,19 +190,19 @@ class CrossAttention(nn.Module):
         """
         run = self.operations
         with part("prompt"):
-            pairs = self.keys_values(context)
+            reads = self.reads(context)
         with part("cross"):
             for _, window in windows(residual, size, writes=True):
                 x = run.linear(self.q, run.normed(window, norm, self.dtype))
                 queries = run.heads(x, self.norm_q, self.num_heads)
-                branch = run.linear(self.o, attend_each(queries, pairs))
+                branch = run.linear(self.o, read_each(run, queries, reads))
                 residual = run.add(residual, window, branch)
                 del x, queries, branch
         return residual
 
-    def keys_values(self, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each thing that is attended to by itself, [B, S, N, K] each; the results are added."""
-        return [self._heads(context, self.k, self.v, self.norm_k)]
+    def reads(self, context: Context) -> list[Read]:
+        """Each thing that is attended to by itself; the results are added."""
+        return [(*self._heads(context.text, self.k, self.v, self.norm_k), context.repeats)]
 
     def _heads(self, context: torch.Tensor, k: Linear, v: Linear, norm_k: RmsNorm) -> tuple[torch.Tensor, torch.Tensor]:
         run = self.operations

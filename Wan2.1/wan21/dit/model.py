@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
+from wan21.dit.context import Context
 from wan21.dit.image import ImageEmbedding
 from wan21.dit.layers import Slicing, chunk_rows
+from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
 from wan21.dit.vace import Control, VaceBlock
@@ -104,6 +106,7 @@ class Dit(nn.Module):
         operations = operations or Operations()
         self.config = config
         self.dtype = dtype
+        self._counts_padding = operations.COUNTS_PADDING
         # A convolution whose stride is its kernel: run as a linear layer over patches, kept in the checkpoint's shape.
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, PATCH, PATCH), (1, PATCH, PATCH), dtype=dtype)
         self.text_embedding = nn.Sequential(
@@ -136,31 +139,30 @@ class Dit(nn.Module):
                 named[f"vace_blocks.{beside[index]}"] = self.vace_blocks[beside[index]]
         return named
 
-    def embed_text(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def embed_text(self, prompts: Sequence[torch.Tensor]) -> Context:
         """The context that cross attention reads; the same in every step, so compute it once.
+
+        Rows of padding are those of a zero input, not zeros. Where operations can count, and all prompts are as long,
+        there is one of them.
 
         Args:
             prompts: one [n, text_dim] of T5's output per video, n at most text_len.
-
-        Returns:
-            [B, text_len, D] in the compute dtype. Rows beyond n are those of a zero input, not zeros.
         """
+        lengths, text_len = {prompt.shape[0] for prompt in prompts}, self.config.text_len
+        num_rows = min(text_len, max(lengths) + 1) if self._counts_padding and len(lengths) == 1 else text_len
         padded = torch.stack(
-            [F.pad(prompt.to(self.dtype), (0, 0, 0, self.config.text_len - prompt.shape[0])) for prompt in prompts]
+            [F.pad(prompt.to(self.dtype), (0, 0, 0, num_rows - prompt.shape[0])) for prompt in prompts]
         )
-        return self.text_embedding(padded)
+        return Context(self.text_embedding(padded), repeats=1 + text_len - num_rows)
 
-    def embed_pictures(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def embed_pictures(self, tokens: torch.Tensor, context: Context) -> Context:
         """The context of a task that looks at pictures, from the prompt's.
 
         Args:
             tokens: of CLIP, [pictures, I / pictures, image_dim], of all videos.
-            text: from `embed_text`, [B, text_len, D].
-
-        Returns:
-            [B, I + text_len, D] in the compute dtype.
+            context: from `embed_text`.
         """
-        return torch.cat([self.img_emb(tokens).expand(text.shape[0], -1, -1), text], dim=1)
+        return context._replace(pictures=self.img_emb(tokens).expand(context.text.shape[0], -1, -1))
 
     def embed_time(self, timestep: float, device: torch.device) -> Time:
         """What the network makes of a timestep; the same in every pass of a step."""
@@ -179,31 +181,35 @@ class Dit(nn.Module):
         self,
         latents: torch.Tensor,
         time: float | Time,
-        context: torch.Tensor,
+        context: Context,
         *,
         turns: torch.Tensor | None = None,
         blocks: Iterable[nn.Module] | None = None,
         plan: ForwardPlan = WHOLE,
         residual: Windowed | None = None,
         control: Control | None = None,
+        opening: Opening | None = None,
     ) -> torch.Tensor:
         """The velocity of the flow.
 
         Args:
             latents: [B, in_dim, t, h, w], float32; beside the noisy latents, what they are conditioned on.
             time: the timestep of all videos, 0 to 1000, or what `embed_time` made of it.
-            context: from `embed_text` or `embed_pictures`, [B, S, D].
+            context: from `embed_text` or `embed_pictures`.
             turns: from `rotations`, those of the plan's tokens; computed here if not given.
             blocks: what to run in place of those of `sequence`, in their order; for those who listen to them.
             plan: how to carry it out.
             residual: where the residual [B, L, D] of the plan's tokens shall be kept; None: in a tensor on the device.
             control: what steers the forward; VACE's models need it, and no others take it.
+            opening: shared with another forward that differs in its context only; not with a control, nor with a
+                residual that is kept elsewhere.
 
         Returns:
             [B, C, t, h, w], all tokens, float32, rounded to the compute dtype as upstream does (docs/parity.md).
 
         Raises:
-            ValueError: there is a control and the model has no blocks for it, or the other way round.
+            ValueError: there is a control and the model has no blocks for it, or the other way round; an opening
+                where none can be.
 
         Memory: the residual [B, L, D] in float32, the control stream of the same size if there is one, keys and values
         [2, B, L, D] in the compute dtype, which all blocks share unless gradients are kept, and what a block needs.
@@ -213,13 +219,17 @@ class Dit(nn.Module):
                 "control is what VACE's models need and no others take; "
                 f"this one has vace={self.config.vace} and control is {'absent' if control is None else 'given'}"
             )
+        if opening is not None and (control is not None or residual is not None or torch.is_grad_enabled()):
+            raise ValueError("opening: needs the residual in a tensor on the device, no control, and no gradients")
         t, h, w = latents.shape[2:]
         grid = (t, h // PATCH, w // PATCH)
         if turns is None:
             turns = plan.tokens.own(self.rotations(grid, latents.device), 0)
         if not isinstance(time, Time):
             time = self.embed_time(time, latents.device)
-        x = self._patchify(latents, grid, plan, residual)
+        begun = None if opening is None else opening.take()
+        x = self._patchify(latents, grid, plan, residual) if begun is None else begun
+        del begun
         steering = None if control is None else self._begin_control(control, x, grid, plan)
         shape = (x.shape[0], x.shape[1], self.config.num_heads, self.config.head_dim)
         like = latents.new_empty(0, dtype=self.dtype)
@@ -234,8 +244,8 @@ class Dit(nn.Module):
             if control is not None and steering is not None and isinstance(own, VaceBlock):
                 x, steering = self._run(block, plan, (x, steering), *shared, control.scale, room)
             else:
-                x = self._run(block, plan, x, *shared, norm_dtype, room)
-                norm_dtype = torch.float32
+                x = self._run(block, plan, x, *shared, norm_dtype, room, opening)
+                norm_dtype, opening = torch.float32, None
         del room, steering
         patches = self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)).to(self.dtype)
         return self._unpatchify(plan.tokens.whole(patches), grid)

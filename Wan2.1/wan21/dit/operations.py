@@ -8,7 +8,7 @@ modulation and gates are float32; linear layers and attention run in the module'
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,11 @@ class Operations:
 
     Args:
         attention: the kernel of self attention.
+
+    COUNTS_PADDING: whether `read` takes one token of a prompt's padding for all of them.
     """
+
+    COUNTS_PADDING: ClassVar[bool] = False
 
     def __init__(self, attention: Attention = attend) -> None:
         self.attend = attention
@@ -128,6 +132,25 @@ class Operations:
             heads = rotate(heads, turns)
         return heads.to(x.dtype) if out is None else out.copy_(heads)
 
+    def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
+        """What queries read from the prompt, or from pictures.
+
+        Args:
+            q: [B, R, N, K].
+            k: [B, S, N, K].
+            v: likewise.
+            repeats: how often the last key counts; only where `COUNTS_PADDING` may it be more than once.
+
+        Returns:
+            [B, R, D].
+
+        Raises:
+            ValueError: the last key counts more than once, which torch's kernels do not know.
+        """
+        if repeats != 1:
+            raise ValueError(f"repeats={repeats}: torch's attention takes every key once; give all of them")
+        return attend(q, k, v)
+
     def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
         """[B, R, D] through two linear layers with a tanh-form GELU between them.
 
@@ -170,6 +193,8 @@ class FusedOperations(Operations):
     Memory: no float32 copies of a chunk, and results are written where they go.
     """
 
+    COUNTS_PADDING: ClassVar[bool] = True
+
     def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().warm_up(config, dtype, device)
         x = torch.zeros((1, 1, config.dim), dtype=torch.float32, device=device)
@@ -181,6 +206,8 @@ class FusedOperations(Operations):
             tokens.rms_heads_(branch, weight, positions, config.eps, branch.unflatten(-1, (config.num_heads, -1)))
         for gate in (x, None):
             tokens.add_gated_(x, branch, gate)
+        heads = branch.unflatten(-1, (config.num_heads, -1))
+        tokens.attend_counted(heads, heads, heads, 1)
 
     def modulated(
         self,
@@ -211,6 +238,9 @@ class FusedOperations(Operations):
             out = x.unflatten(-1, (num_heads, -1))
         tokens.rms_heads_(x, norm.weight, turns, norm.eps, out)
         return out
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
+        return tokens.attend_counted(q, k, v, repeats)
 
     def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
         if isinstance(up, ScaledLinear) or isinstance(x, ScaledRows):

@@ -20,6 +20,7 @@ from torch import nn
 
 from wan21.config import DitConfig
 from wan21.dit.block import Block
+from wan21.dit.context import Context
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Operations
 from wan21.dit.residual import Residual, Windowed, windows
@@ -84,7 +85,7 @@ class VaceBlock(Block):
         self,
         streams: Streams,
         time: torch.Tensor,
-        context: torch.Tensor,
+        context: Context,
         turns: torch.Tensor,
         slicing: Slicing,
         scale: float,
@@ -95,7 +96,7 @@ class VaceBlock(Block):
         Args:
             streams: written to unless gradients are kept.
             time: [B or 1, 6, D], float32; the projected timestep.
-            context: [B, S, D] in the compute dtype.
+            context: what cross attention reads.
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             scale: what the hint is multiplied by.

@@ -1,9 +1,11 @@
 """Operators on the tokens of a transformer, a row each: what lies between its products, each in one pass over memory.
 
-Letters: B videos, R rows, D model width, N heads, K head width (D = N K).
+Letters: B videos, R rows, S keys, D model width, N heads, K head width (D = N K).
 
 All of them compute in float32 and round once to the result's number format. They keep no gradients.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -72,6 +74,23 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.wan21.linear_gelu(x, weight, bias)
 
 
+def attend_counted(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
+    """Softmax attention to few keys, the last of which counts as if it stood there `repeats` times.
+
+    exp(s) r = exp(s + log(r)), so that key's scores are raised by the log of its number.
+
+    Args:
+        q: [B, R, N, K], contiguous.
+        k: [B, S, N, K], contiguous, same dtype.
+        v: likewise.
+        repeats: 1 or more.
+
+    Returns:
+        [B, R, N * K], contiguous.
+    """
+    return torch.ops.wan21.attend_counted(q, k, v, repeats)
+
+
 def _modulate_reference(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
 ) -> Tensor:
@@ -135,6 +154,27 @@ def _add_gated_on_cuda(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
     tokens.add_gated_(x, branch, gate)
 
 
+def _attend_counted_reference(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
+    raised = None
+    if repeats > 1:
+        raised = torch.zeros(q.shape[1], k.shape[1], dtype=q.dtype, device=q.device)
+        raised[:, -1] = math.log(repeats)
+    heads = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=raised
+    )
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _attend_counted_shape(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:  # noqa: ARG001
+    return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+
+
+def _attend_counted_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
+    from wan21.kernels.gpu import prompt
+
+    return prompt.attend_counted(q, k, v, repeats)
+
+
 def _nothing(*_: object) -> None:
     """The shape of no result."""
 
@@ -145,11 +185,13 @@ _LIBRARY.define(
 _LIBRARY.define("rms_heads_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? turns, float eps) -> ()")
 _LIBRARY.define("add_gated_(Tensor(a!) x, Tensor branch, Tensor? gate) -> ()")
 _LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_LIBRARY.define("attend_counted(Tensor q, Tensor k, Tensor v, int repeats) -> Tensor")
 for _name, _reference, _cuda, _shape in (
     ("modulate", _modulate_reference, _modulate_on_cuda, _modulate_shape),
     ("rms_heads_", _rms_heads_reference, _rms_heads_on_cuda, _nothing),
     ("add_gated_", _add_gated_reference, _add_gated_on_cuda, _nothing),
     ("linear_gelu", _linear_gelu_reference, _linear_gelu_on_cuda, _linear_gelu_shape),
+    ("attend_counted", _attend_counted_reference, _attend_counted_on_cuda, _attend_counted_shape),
 ):
     _LIBRARY.impl(_name, _reference, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -6,6 +6,7 @@ kernel runs as fast as its kind was ever seen to run there, one after the other 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from wan_sweep.errors import RecordError
 from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, STEP_SECONDS, Row, read_sheet
 from wan_sweep.units import GIB, format_gib
 
-HARDWARE = "H100"
-"""The limits and goals below hold for this card; on another one the table has neither."""
+STATED_FOR = "H100"
+"""The card for which the goals were stated and on which the rates of the limits were measured."""
+
+HARDWARE = (STATED_FOR, "H200")
+"""The cards that both are applied to: an H200 has the same processor (132 SMs) and faster memory, which helps only what
+is bound by memory. On another card the table has neither."""
 
 PRODUCT_RATE = 790e12
 """Operations a second of a large bfloat16 product, measured on an H100 (2026-11-23)."""
@@ -42,7 +47,7 @@ CONVOLUTION_RATES = {"bf16": 513e12, "fp32": 209e12}
 class Line:
     """One configuration of one sweep.
 
-    preset: its name; empty if the sweep had only one, which then stands in no record.
+    preset: its name; empty if the sweep had only one, which then stands in no record, and is not named after it.
     """
 
     row: Row
@@ -81,7 +86,23 @@ class Line:
     @property
     def is_on_hardware(self) -> bool:
         """Whether it ran on the card that limits and goals are for."""
-        return HARDWARE in self.row.records[0].environment.get("gpu", "")
+        return any(card in self.gpu for card in HARDWARE)
+
+    @property
+    def gpu(self) -> str:
+        """What the driver calls the card."""
+        return self.row.records[0].environment.get("gpu", "")
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether it multiplies or stores in eight bits."""
+        return self.knob("linear_format") not in {None, "same"} or self.knob("attention_kernel") == "fa3_fp8"
+
+    @property
+    def is_compared_with_plain(self) -> bool:
+        """Whether its output was compared with that of the plain run."""
+        fidelity = self.row.records[0].fidelity or {}
+        return "optimization=none" in str(fidelity.get("reference", ""))
 
     @property
     def forward_s(self) -> float | None:
@@ -105,8 +126,20 @@ def read_lines(folders: Iterable[Path]) -> list[Line]:
         sheet = read_sheet(folder)
         if sheet.damaged or not sheet.rows:
             raise RecordError("; ".join(sheet.damaged) or f"{folder} holds no records; name the folder of a sweep")
-        lines += [Line(row=row, preset=row.axes.get("optimization", "")) for row in sheet.rows]
+        lines += [Line(row=row, preset=_preset(row)) for row in sheet.rows]
     return lines
+
+
+def _preset(row: Row) -> str:
+    """What the sweep varied; or the preset that the whole sweep is named after."""
+    name = row.records[0].sweep_name
+    return row.axes.get("optimization", name if name in _presets() else "")
+
+
+@cache
+def _presets() -> frozenset[str]:
+    folder = Path(__file__).resolve().parents[1] / "conf/optimization"
+    return frozenset(path.stem for path in folder.glob("*.yaml"))
 
 
 def shape_of(line: Line) -> VideoShape:
@@ -189,7 +222,11 @@ FORWARD = Figure(title="forward s", read=lambda line: line.forward_s, show=_seco
 DECODE = Figure(title="decode s", read=_metric("time/decode_s"), show=_seconds)
 T5_PEAK = Figure(title="T5 peak GiB", read=_metric("memory/peak/encode_text/allocated_bytes"), show=format_gib)
 T5_SECONDS = Figure(title="T5 s", read=_metric("time/encode_text_s"), show=_seconds)
-LATENTS = Figure(title="latents relative L2", read=_metric("fidelity/latents_relative_l2"), show="{:.2e}".format)
+LATENTS = Figure(
+    title="latents relative L2",
+    read=lambda line: line.value("fidelity/latents_relative_l2") if line.is_compared_with_plain else None,
+    show="{:.2e}".format,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,18 +305,40 @@ blocks)."""
 
 
 def least(figure: Figure, line: Line, lines: Sequence[Line]) -> float | None:
-    """The shortest of this figure among configurations of the same workload, allocator and, to decode, VAE format."""
+    """The shortest of this figure among exact configurations: same workload and card, and to decode, VAE format.
+
+    None where only this configuration was measured: nothing is gained by comparing it with itself.
+    """
     same = [
-        value
+        (other, value)
         for other in lines
-        if (other.workload, other.allocator) == (line.workload, line.allocator)
+        if (other.workload, other.gpu) == (line.workload, line.gpu)
+        and not other.is_approximate
         and (figure is not DECODE or other.vae == line.vae)
         and (value := figure.read(other)) is not None
     ]
-    return min(same, default=None)
+    return min(value for _, value in same) if any(other is not line for other, _ in same) else None
 
 
 def ratio(figure: Figure, line: Line, lines: Sequence[Line]) -> float | None:
-    """How many times the shortest it takes."""
+    """How many times the shortest exact one it takes."""
     value, shortest = figure.read(line), least(figure, line, lines)
     return value / shortest if value is not None and shortest else None
+
+
+def neighbours(lines: Sequence[Line]) -> int:
+    """How many of the measured jobs ran while another one ran on the same host, on another GPU."""
+    spans = [
+        (
+            record.environment.get("host", ""),
+            datetime.fromisoformat(record.started_at),
+            datetime.fromisoformat(record.ended_at),
+        )
+        for line in lines
+        for record in line.row.measured
+        if record.measured_in is None
+    ]
+    return sum(
+        any(one is not other and one[0] == other[0] and one[1] < other[2] and other[1] < one[2] for other in spans)
+        for one in spans
+    )

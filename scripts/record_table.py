@@ -17,9 +17,9 @@ from record_goals import (
     DECODE,
     FORWARD,
     GOALS,
-    HARDWARE,
     LATENTS,
     RESERVED,
+    STATED_FOR,
     T5_PEAK,
     T5_SECONDS,
     Figure,
@@ -27,6 +27,7 @@ from record_goals import (
     Line,
     decode_limit,
     forward_limit,
+    neighbours,
     ratio,
     read_lines,
 )
@@ -41,14 +42,35 @@ from wan_sweep.store import write_atomically
 from wan_sweep.units import format_gib
 
 NOTHING = "-"
-NOTES = f"""\
+NOTES = """\
 - A forward is the median step, the first left out, divided by its passes. Decode is the whole phase, to the host.
-- "x least": against the shortest of the same workload and allocator here; for decode with the VAE in the same format.
-- Limits ({HARDWARE}, bf16): each kind of kernel at the highest rate that was measured for it there; for decode
-  cuDNN's convolutions over whole frames. scripts/record_goals.py holds the rates.
+- "x least": against the shortest exact one of the same workload here; for decode with the VAE in the same format.
 - Peaks are of the whole run from prompt to video, text encoder included. Video: PSNR in dB against the reference, which
-  has its VAE in its own format; latents: the norm of the difference over the reference's norm.
+  has its VAE in its own format; latents: the norm of the difference over the plain run's norm.
 """
+
+
+def notes(lines: Sequence[Line]) -> str:
+    """What the words of the table mean, on which card it was, and what ran beside it."""
+    found = [NOTES.rstrip()]
+    if any(line.has_limits for line in lines):
+        cards = ", ".join(dict.fromkeys(line.gpu for line in lines if line.has_limits))
+        found.append(
+            f"- Limits (bf16): each kind of kernel at the highest rate that was measured for it on an {STATED_FOR};\n"
+            "  for decode cuDNN's convolutions over whole frames. scripts/record_goals.py holds the rates.\n"
+            f"- Goals were stated for one {STATED_FOR}; here it was {cards}."
+        )
+        if any(line.has_limits and STATED_FOR not in line.gpu for line in lines):
+            found[-1] += (
+                " The processor and its rates of products and attention\n  are the same; faster memory helps what is "
+                "bound by memory."
+            )
+    if number := neighbours(lines):
+        found.append(
+            f"- {number} of the jobs ran while another ran on the same host, each on a GPU of its own: they shared the "
+            "cores and the\n  memory of the host, which can make them slower, not faster."
+        )
+    return "\n".join(found)
 
 
 def _text(title: str, cells: Sequence[str]) -> Column:
@@ -142,7 +164,7 @@ def page(folders: Sequence[Path]) -> str:
     lines = read_lines(folders)
     blocks = ["# The record"]
     blocks.append("\n".join(f"- {name}: {words}" for name, words in facts([read_sheet(folder) for folder in folders])))
-    blocks += [table(figures(lines)), NOTES.rstrip()]
+    blocks += [table(figures(lines)), notes(lines)]
     reasons = dict.fromkeys(
         f"- {line.workload} {line.preset}, VAE {line.vae}: {line.row.records[0].reason}"
         for line in lines

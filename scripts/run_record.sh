@@ -6,6 +6,7 @@
 #   bash scripts/run_record.sh model=t2v-14B 'size=1280*720' vae_precision=bf16 optimization=none,lowest_memory
 #   PYTORCH_ALLOC_CONF=expandable_segments:True bash scripts/run_record.sh model=t2v-1.3B
 #
+# On a machine with several GPUs, and little time: scripts/record_on_gpus.py.
 # Each workload is a sweep of conf/experiment/record.yaml. Then scripts/record_table.py makes one table of all of them,
 # prints it and leaves it beside the sweeps; it can be called with any sweeps' folders later. Results go to outputs/ in
 # the folder of the call. $PYTHON names another Python than that of .venv. The exit code is that of the first sweep

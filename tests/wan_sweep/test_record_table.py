@@ -35,7 +35,8 @@ def job(
     metrics |= {"memory/peak/allocated_bytes": peak * GIB, "memory/peak/reserved_bytes": 1.25 * peak * GIB}
     metrics |= {"time/decode_s": decode_s, "fidelity/latents_relative_l2": 1e-3, "fidelity/psnr_db": 55.5}
     metrics |= {"fidelity/is_bit_equal": 0, **changes.pop("metrics", {})}
-    return record(number, {"optimization": preset}, metrics, knobs=knobs, **changes)
+    compared = {"reference": "1_optimization=none", "reference_folder": "", "reason": ""}
+    return record(number, {"optimization": preset}, metrics, knobs=knobs, **{"fidelity": compared, **changes})
 
 
 def rows(page: str, heading: str) -> list[dict[str, str]]:
@@ -132,15 +133,63 @@ def test_work_grows_as_the_formulas_say(goals: ModuleType) -> None:
     assert goals.forward_work(DIT_1_3B, 75_600)[0] * 40 * 5120 == attention * 30 * 1536
 
 
-def test_several_sweeps_stand_in_one_table_and_compare_within_their_allocator(
-    table: ModuleType, tmp_path: Path
-) -> None:
+def test_several_sweeps_stand_in_one_table_and_compare_with_each_other(table: ModuleType, tmp_path: Path) -> None:
     default = record(1, {})["environment"] | {"allocator": "default"}
     one = write_sweep(tmp_path / "one", job(1, "fastest", peak=18, step_s=0.8))
-    two = write_sweep(tmp_path / "two", job(1, "fastest", peak=18, step_s=1.6, environment=default))
+    two = write_sweep(tmp_path / "two", job(1, "lowest_memory", peak=18, step_s=1.6, environment=default))
     found = rows(table.page([one, two]), "# The record")
     assert [row["allocator"] for row in found] == ["expandable_segments:True", "default"]
-    assert [row["x least"] for row in found] == ["1.00", "1.00"]
+    assert [row["x least"] for row in found] == ["1.00", "2.00"]
+
+
+def test_a_single_configuration_and_an_approximate_one_are_no_measure(table: ModuleType, tmp_path: Path) -> None:
+    alone = write_sweep(tmp_path / "alone", job(1, "lowest_memory", peak=18, step_s=0.8))
+    told = {row["figure"]: row for row in rows(table.page([alone]), "## Goals")}
+    assert told["forward x least"]["reached"] == "not measured"
+    eight = job(3, "fastest_fp8", peak=18, step_s=0.4, knobs={"linear_format": "fp8"})
+    both = write_sweep(
+        tmp_path / "both", job(1, "fastest", peak=18, step_s=0.8), job(2, "none", peak=18, step_s=1), eight
+    )
+    assert [row["x least"] for row in rows(table.page([both]), "# The record")] == ["1.00", "1.25", "0.50"]
+
+
+def test_goals_hold_on_an_h200_and_the_table_says_so(table: ModuleType, tmp_path: Path) -> None:
+    h200 = record(1, {})["environment"] | {"gpu": "NVIDIA H200"}
+    here = table.page([write_sweep(tmp_path / "h200", job(1, "fastest", peak=18, step_s=0.8, environment=h200))])
+    assert "stated for one H100; here it was NVIDIA H200. The processor" in here
+    assert any((row["figure"], row["reached"]) == ("forward s", "yes") for row in rows(here, "## Goals"))
+    there = table.page([write_sweep(tmp_path / "h100", job(1, "fastest", peak=18, step_s=0.8))])
+    assert "here it was NVIDIA H100 80GB HBM3." in there
+    assert "The processor" not in there
+
+
+def test_a_sweep_of_one_preset_is_known_by_its_name(goals: ModuleType, tmp_path: Path) -> None:
+    made = job(1, "fastest", peak=18, step_s=0.8) | {"overrides": {}}
+    named = write_sweep(tmp_path / "one", made | {"sweep": {**made["sweep"], "name": "fastest"}})
+    assert goals.read_lines([named])[0].preset == "fastest"
+    other = write_sweep(tmp_path / "two", made | {"sweep": {**made["sweep"], "name": "mine"}})
+    assert not goals.read_lines([other])[0].preset
+
+
+def test_latents_count_only_against_the_plain_run(goals: ModuleType, tmp_path: Path) -> None:
+    other = {"reference": "1_optimization=fastest", "reference_folder": "", "reason": ""}
+    sweep = write_sweep(
+        tmp_path / "sweep",
+        job(1, "balanced", peak=18, step_s=0.8),
+        job(2, "lowest_memory", peak=1, step_s=1, fidelity=other),
+    )
+    assert [goals.LATENTS.read(line) for line in goals.read_lines([sweep])] == [1e-3, None]
+
+
+def test_jobs_that_ran_side_by_side_on_one_host_are_counted(table: ModuleType, tmp_path: Path) -> None:
+    spans = (("21:01:05", "21:02:00"), ("21:01:30", "21:02:30"), ("21:02:30", "21:03:00"))
+    jobs = [
+        job(number, "fastest", peak=18, step_s=1)
+        | {"started_at": f"2026-11-23T{begin}+00:00", "ended_at": f"2026-11-23T{end}+00:00"}
+        for number, (begin, end) in enumerate(spans, 1)
+    ]
+    assert "- 2 of the jobs ran while another" in table.page([write_sweep(tmp_path / "both", *jobs)])
+    assert "ran while another" not in table.page([write_sweep(tmp_path / "turns", *jobs[1:])])
 
 
 def test_a_job_without_numbers_is_a_row_with_its_reason(table: ModuleType, tmp_path: Path) -> None:

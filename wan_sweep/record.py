@@ -40,6 +40,7 @@ class Record:
         checks: The environment checks before the sweep, as `checks.Check.to_dict` gives them.
         estimate: Of a job that was estimated: the card, how sure each peak is, and which tables it rests on; as
             `estimate.predict.estimate` gives them. Records from before there were estimates lack it.
+        outputs: `latents_sha256` and `frames_sha256` of what a whole run generated; older records lack it.
     """
 
     key: str
@@ -73,6 +74,7 @@ class Record:
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: list[Mapping[str, str]] = field(default_factory=list)
     estimate: Mapping[str, Any] | None = None
+    outputs: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the file."""
@@ -138,7 +140,7 @@ _PLAIN = (
 )
 
 # Came after the first records of this schema version, which are read without them.
-_LATER = ("sources", "prompt_extension", "estimate")
+_LATER = ("sources", "prompt_extension", "estimate", "outputs")
 
 
 def load_record(path: Path) -> Record:

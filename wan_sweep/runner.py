@@ -226,6 +226,7 @@ class Sweep:
             prompt_extension=told.get("prompt_extension"),
             checks=list(self.plan.checks),
             estimate=told.get("estimate"),
+            outputs=told.get("outputs"),
         )
 
     def _settle(self, entry: PlannedJob) -> Record:
@@ -254,6 +255,7 @@ class Sweep:
             prompt_extension=older.prompt_extension,
             passes=older.passes,
             estimate=older.estimate,
+            outputs=older.outputs,
         )
         return (
             self._references.compare(record, Path(older.measured_in or source))

@@ -29,6 +29,7 @@ from wan_sweep.errors import RecordError
 from wan_sweep.extension import extend, extension_warnings
 from wan_sweep.launch.parent import die_with_parent
 from wan_sweep.measure.failure import explain
+from wan_sweep.measure.fidelity import digests, write_outputs
 from wan_sweep.nvml import ProcessMemory
 from wan_sweep.place import ALONE, Place, read_place
 from wan_sweep.schema import Job
@@ -275,8 +276,11 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO, place: Pla
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome
             result |= stage.explain(error, recorder.failed_at)
         metrics, series = recorder.metrics() | {"time/warm_up_s": warm_up_seconds}, recorder.series()
-    if generation is not None and stage.keeps_outputs and place.rank == 0:
-        keep_outputs(folder, generation)
+    if generation is not None and place.rank == 0:
+        latents, videos = generation.latents.numpy(), [video.numpy() for video in generation.videos]
+        result["outputs"] = digests(latents, videos)
+        if stage.keeps_outputs:
+            write_outputs(folder, latents, videos)
     facts = environment(runtime) | ({"process_used": how} if how else {})
     warnings = [*extension_warnings(extension), *recorder.warnings]
     result |= {"environment": facts, "metrics": metrics, "series": series, "warnings": warnings}
@@ -297,13 +301,6 @@ def save(stage: Stage, generation: "Generation", recorder: "Recorder") -> None:
                 save_image(video[0], stage.folder / f"image{suffix}.png")
             else:
                 save_video(video, stage.folder / f"video{suffix}.mp4")
-
-
-def keep_outputs(folder: Path, generation: "Generation") -> None:
-    """Leaves latents and frames as they are, for the comparison with the reference."""
-    from wan_sweep.measure.fidelity import write_outputs
-
-    write_outputs(folder, generation.latents.numpy(), [video.numpy() for video in generation.videos])
 
 
 def attribute(folder: Path, assignment: dict[str, Any], events: TextIO, place: Place) -> dict[str, Any]:

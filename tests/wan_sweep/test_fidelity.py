@@ -1,5 +1,6 @@
 """Distances of outputs against formulas written out, and what is said where there is no distance."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wan_sweep.measure.fidelity import WORKLOAD, comparable, compare, main, remove_frames, write_outputs
+from wan_sweep.measure.fidelity import WORKLOAD, comparable, compare, digests, main, remove_frames, write_outputs
 from wan_sweep.measure.image_metrics import luma, mean_ssim
 from wan_sweep.schema import Job
 
@@ -119,6 +120,20 @@ def test_equal_frames_from_latents_that_differ_in_one_bit_are_not_bit_equal(tmp_
     assert metrics["max_abs_diff"] == 0
     assert "psnr_db" not in metrics
     assert metrics["latents_psnr_db"] > 100
+
+
+def test_digests_are_those_of_the_plain_bytes_and_tell_one_bit() -> None:
+    latents = random_latents()
+    videos = [np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3), np.ones((2, 3, 4, 3), np.uint8)]
+    frames_first = [np.ascontiguousarray(video.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0) for video in videos]
+    told = digests(latents, videos)
+    assert told == {
+        "latents_sha256": hashlib.sha256(latents.tobytes()).hexdigest(),
+        "frames_sha256": hashlib.sha256(videos[0].tobytes() + videos[1].tobytes()).hexdigest(),
+    }
+    assert told == digests(latents.copy(), frames_first)
+    latents.view(np.uint32).flat[-1] ^= 1
+    assert told["latents_sha256"] != digests(latents, videos)["latents_sha256"]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

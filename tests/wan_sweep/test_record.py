@@ -87,6 +87,7 @@ def test_the_file_has_the_documented_shape() -> None:
         "checks",
         "prompt_extension",
         "estimate",
+        "outputs",
     } == set(values)
 
 

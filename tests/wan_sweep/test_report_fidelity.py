@@ -71,3 +71,19 @@ def test_of_repeats_the_worst_counts(tmp_path: Path) -> None:
 def test_equal_pixels_from_other_latents_are_not_called_equal(tmp_path: Path) -> None:
     same_pixels = {"fidelity/is_bit_equal": 0, "fidelity/max_abs_diff": 0, "fidelity/ssim": 1.0}
     assert fidelity_cell(row_of(tmp_path, same_pixels)) == "same video"
+
+
+def test_runs_of_one_configuration_are_told_to_be_equal_to_the_bit_or_not(tmp_path: Path) -> None:
+    one, other = ({"latents_sha256": "aa", "frames_sha256": frames} for frames in ("bb", "cc"))
+    outputs = {1: (one, one), 2: (one, other), 3: (one, None)}
+    jobs = [
+        record(
+            3 * repeat + number, {"offload": number}, metrics_of(base=BASE, activation=41), repeat=repeat, outputs=told
+        )
+        for number, each in outputs.items()
+        for repeat, told in enumerate(each)
+    ]
+    assert fidelity(read_sheet(write_sweep(tmp_path, *jobs))) == [
+        "All runs of a configuration are equal to the bit: job 1 (offload=1).",
+        "Runs of a configuration differ: job 2 (offload=2).",
+    ]

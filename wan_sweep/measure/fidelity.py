@@ -20,6 +20,7 @@ says why metrics are missing that could be there: outputs of different shapes, n
 The parent imports this module, so numpy is imported where it is needed, and torch nowhere.
 """
 
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,28 @@ def write_outputs(folder: Path, latents: "npt.NDArray[np.float32]", videos: Sequ
     _write_array(folder / LATENTS_FILE, latents.shape, "float32", latents)
     shape = (len(videos), *videos[0].shape)
     _write_array(folder / FRAMES_FILE, shape, "uint8", (frame for video in videos for frame in video))
+
+
+def digests(latents: "npt.NDArray[np.float32]", videos: Sequence["npt.NDArray[np.uint8]"]) -> dict[str, str]:
+    """SHA-256 of all latents, and of all frames: whether two runs are equal to the bit is known without their outputs.
+
+    Args:
+        latents: [B, C, t, h, w], float32.
+        videos: B times [T, H, W, 3], uint8.
+
+    Memory: one frame, if a video's frames are not contiguous.
+    """
+    frames = (frame for video in videos for frame in video)
+    return {"latents_sha256": _sha256([latents]), "frames_sha256": _sha256(frames)}
+
+
+def _sha256(items: Iterable["npt.NDArray[Any]"]) -> str:
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(np.ascontiguousarray(item).data)
+    return digest.hexdigest()
 
 
 def _write_array(path: Path, shape: tuple[int, ...], dtype: str, items: Iterable["npt.NDArray[Any]"]) -> None:

@@ -1,7 +1,8 @@
 """How far each job's output is from that of the sweep's reference job."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from wan_sweep.record import Record
 from wan_sweep.report.sheet import Row, Sheet, job_list
 
 PSNR = "fidelity/psnr_db"
@@ -47,11 +48,31 @@ def fidelity(sheet: Sheet) -> list[str]:
         elif cell is None and told.get("reason"):
             said.setdefault(("", told["reason"].rstrip(".")), []).append(row)
     return [
-        f"Compared with {reference}: {job_list(rows)}: {words}."
-        if reference
-        else f"Not compared: {job_list(rows)}: {words}."
-        for (reference, words), rows in said.items()
+        *(
+            f"Compared with {reference}: {job_list(rows)}: {words}."
+            if reference
+            else f"Not compared: {job_list(rows)}: {words}."
+            for (reference, words), rows in said.items()
+        ),
+        *_repeats(sheet),
     ]
+
+
+def _repeats(sheet: Sheet) -> list[str]:
+    """Return whether the runs of one configuration generated the same, where any ran more than once."""
+    found = {row.number: are_repeats_equal(row.measured) for row in sheet.rows}
+    words = {True: "All runs of a configuration are equal to the bit", False: "Runs of a configuration differ"}
+    return [
+        f"{said}: {job_list(rows)}."
+        for is_equal, said in words.items()
+        if (rows := [row for row in sheet.rows if found[row.number] is is_equal])
+    ]
+
+
+def are_repeats_equal(records: Sequence[Record]) -> bool | None:
+    """Return whether runs of one configuration gave equal latents and frames; None where fewer than two tell."""
+    told = [dict(record.outputs) for record in records if record.outputs]
+    return all(one == told[0] for one in told) if len(told) > 1 else None
 
 
 def row_words(row: Row) -> str:

@@ -1,0 +1,145 @@
+"""scripts/run_estimate_check.py and scripts/compare_estimates.py: what is run, in which order, and what stays of it."""
+
+import importlib
+import json
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.initialize import initialize_config_dir
+from hydra.types import RunMode
+
+from tests.wan_sweep.made_up_records import GIB, KNOBS, metrics_of, record
+from wan_sweep.convert import candidates_of
+from wan_sweep.record import RECORD_FILE, Record
+
+# Plays `python -m wan_sweep`: leaves a record, or none; waits where it is asked to; notes the GPU and the settings.
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+told = dict(word.partition("=")[::2] for word in sys.argv[3:])
+root = Path(told["output_root"])
+with (root / "calls").open("a") as calls:
+    calls.write(f'{told["name"]} {os.environ["CUDA_VISIBLE_DEVICES"]} {os.environ.get("PYTORCH_CUDA_ALLOC_CONF")}\\n')
+if "waits" in told["name"]:
+    time.sleep(60)
+if "breaks" in told["name"]:
+    sys.exit("something broke")
+folder = root / told["name"] / "now" / "1_job"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "record.json").write_text((root / "made_up.json").read_text())
+"""
+
+
+@pytest.fixture
+def check(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    return importlib.import_module("run_estimate_check")
+
+
+@pytest.fixture
+def compare(check: ModuleType) -> ModuleType:
+    assert check is not None  # which lets scripts be imported
+    return importlib.import_module("compare_estimates")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    metrics = metrics_of(base={"t5": 10835.0, "dit": 2706.0, "vae": 242.0}, activation=3000)
+    (tmp_path / "made_up.json").write_text(json.dumps(record(1, {"offload": True}, metrics, knobs=KNOBS)))
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path
+
+
+def run(
+    check: ModuleType, root: Path, names: list[str], *, lanes: list[str], seconds: float = 60
+) -> tuple[int, list[str]]:
+    """How many jobs are missing, and the calls."""
+    asked = [check.Asked(name=name, knobs=(), allocator="some" if name == "set" else "") for name in names]
+    one = check.Check(
+        output=root, pack=root / "pack.tar.gz", seconds=seconds, python=(sys.executable, str(root / "fake.py"))
+    )
+    missing = one.run(asked, lanes)
+    calls = (root / "calls").read_text().splitlines() if (root / "calls").exists() else []
+    return missing, calls
+
+
+def test_there_are_more_than_forty_with_ten_that_only_a_seed_decides(check: ModuleType) -> None:
+    one, same, other = check.jobs("a"), check.jobs("a"), check.jobs("b")
+    assert one == same
+    assert len({(job.knobs, job.allocator) for job in one}) >= 40
+    differ = [first.name for first, second in zip(one, other, strict=True) if first != second]
+    assert len(differ) >= 10
+    assert all(name.startswith("random") for name in differ)
+    assert "size=1280*720" in one[0].knobs
+
+
+def test_every_kind_of_job_is_a_command_that_the_program_takes(check: ModuleType, repository: Path) -> None:
+    with initialize_config_dir(str(repository / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        for asked in check.jobs("a")[::10]:
+            words = [word for word in asked.command(Path("out"))[2:] if not word.startswith("hydra")]
+            config = loader.load_configuration("config", words, run_mode=RunMode.RUN)
+            (candidate,) = candidates_of(config, loader)
+            assert candidate.job.sample_steps == 2
+            assert candidate.job.mode == "measure"
+            assert candidate.job.name == asked.name
+
+
+def test_jobs_have_the_gpu_of_their_lane_and_their_own_settings(check: ModuleType, root: Path) -> None:
+    missing, calls = run(check, root, ["set", "plain"], lanes=["7"])
+    assert missing == 0
+    assert calls == ["set 7 some", "plain 7 None"]
+
+
+def test_what_has_a_good_record_does_not_run_again(check: ModuleType, root: Path) -> None:
+    run(check, root, ["one", "breaks"], lanes=["0"])
+    missing, calls = run(check, root, ["one", "breaks", "two"], lanes=["0"])
+    assert missing == 1
+    assert calls == ["one 0 None", "breaks 0 None", "breaks 0 None", "two 0 None"]
+
+
+def test_the_archive_has_every_record_and_the_words_of_what_left_none(check: ModuleType, root: Path) -> None:
+    run(check, root, ["one", "breaks"], lanes=["0", "1"])
+    with tarfile.open(root / "pack.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["breaks/log.txt", f"one/{RECORD_FILE}"]
+        log = archive.extractfile("breaks/log.txt")
+        assert log is not None
+        assert log.read() == b"something broke"
+
+
+def test_at_the_end_of_its_time_it_ends_what_is_under_way_and_keeps_the_rest(
+    check: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "SECONDS_TO_END", 1)
+    started = time.monotonic()
+    missing, calls = run(check, root, ["one", "waits", "two"], lanes=["0"], seconds=3)
+    assert time.monotonic() - started < 10
+    assert missing == 2
+    assert [call.split()[0] for call in calls] == ["one", "waits"]
+    with tarfile.open(root / "pack.tar.gz") as archive:
+        assert f"one/{RECORD_FILE}" in archive.getnames()
+
+
+def test_the_comparison_reads_the_archive_and_names_the_worst(
+    check: ModuleType, compare: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(check, root, ["one", "two"], lanes=["0"])
+
+    def estimated(one: Record, _: Path) -> dict[str, object]:
+        metrics = dict(one.metrics) | {"memory/peak/denoise/allocated_bytes": 20 * GIB}
+        return {"metrics": metrics, "estimate": {"seconds": 7.5}}
+
+    monkeypatch.setattr(compare, "estimated", estimated)
+    lines = compare.tables([root / "pack.tar.gz"], 1).splitlines()
+    assert lines[0].startswith("2 measured jobs of 2 records.")
+    (denoise,) = [line for line in lines if line.startswith("| denoise | allocated")]
+    (decode,) = [line for line in lines if line.startswith("| decode | allocated")]
+    assert "| 0 of 2 |" in denoise
+    assert "| 20.00 GiB |" in denoise
+    assert "| 2 of 2 | 0.000 | +0.000 |" in decode
+    assert sum(line.endswith("| 7.5 |") for line in lines) == 2

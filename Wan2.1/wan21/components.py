@@ -65,8 +65,10 @@ def make_operations(options: Options, runtime: Runtime) -> Operations:
         check_capability(options, runtime.capability)
     attention = choose_attention(options.attention_kernel)
     if options.linear_format == "fp8":
-        return Fp8Operations(attention)
-    return Operations(attention) if options.kernels == "torch" else FusedOperations(attention)
+        return Fp8Operations(attention, options.layout.ulysses)
+    if options.kernels == "torch":
+        return Operations(attention)
+    return FusedOperations(attention, options.layout.ulysses)
 
 
 class Components:

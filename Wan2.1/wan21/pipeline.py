@@ -260,7 +260,9 @@ class TextToVideo:
                 contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
             timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        tokens = shared_tokens(shape.num_tokens, self._world, self._options.attention_kernel)
+        tokens = shared_tokens(
+            shape.num_tokens, self._world, self._options.attention_kernel, is_fused=self._options.kernels == "fused"
+        )
         turns = tokens.own(model.rotations(shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),

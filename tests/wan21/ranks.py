@@ -94,6 +94,8 @@ class Forward:
     on_host: float = 0.0
     precision: str = "fp32"
     head_dim: int = 8
+    rows_apart: int = 4096  # of a member; from so many on they are attended to apart from the others'
+    is_fused: bool = False  # in a process by itself it never is
 
 
 def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
@@ -103,8 +105,9 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     from wan21.components import DTYPES
     from wan21.config import DitConfig
     from wan21.dit.model import Dit, ForwardPlan
+    from wan21.dit.operations import FusedOperations, Operations
     from wan21.memory.hosted import HostedResidual
-    from wan21.parallel.tokens import shared_tokens
+    from wan21.parallel import tokens as shared
     from wan21.parallel.world import connect, local_device
     from wan21.runtime import make_runtime
     from wan21.weights.load import materialize, module_shapes
@@ -112,9 +115,12 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
 
     runtime = make_runtime(local_device(device))
     world = connect(layout, runtime)
+    is_fused = case.is_fused and world.size > 1
+    operations = FusedOperations(members=layout.ulysses) if is_fused else Operations()
+    shared.FEWEST_ROWS_APART, shared.ROWS_OF_A_TILE = case.rows_apart, min(128, case.rows_apart)
     config = DitConfig(dim=12 * case.head_dim, ffn_dim=128, num_heads=12, num_layers=2, text_dim=32, text_len=8)
     with torch.device("meta"):
-        model = Dit(config, dtype=DTYPES[case.precision])
+        model = Dit(config, dtype=DTYPES[case.precision], operations=operations)
     materialize(model, RandomSource("dit", module_shapes(model), 0, runtime.generator), runtime.device)
     t, h, w = case.grid
     generator = torch.Generator().manual_seed(1)
@@ -123,7 +129,7 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     with torch.no_grad(), runtime.counting():
         context = model.embed_text(prompts)
         time = model.embed_time(500.0, runtime.device)
-        tokens = shared_tokens(t * h * w, world)
+        tokens = shared.shared_tokens(t * h * w, world, is_fused=is_fused)
         turns = tokens.own(model.rotations(case.grid, runtime.device), 0)
         plan = ForwardPlan(query_slices=case.query_slices, most_rows=case.most_rows, tokens=tokens)
         residual = None

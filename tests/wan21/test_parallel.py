@@ -13,7 +13,9 @@ from torch import nn
 from wan21.assets import open_assets
 from wan21.attention import attend_with_lse
 from wan21.config import Options, make_request, model_spec
+from wan21.dit.operations import FusedOperations, Operations, RmsNorm
 from wan21.errors import UsageError
+from wan21.kernels import tokens
 from wan21.layout import SINGLE, Layout
 from wan21.memory.packing import ALIGNMENT, Packing
 from wan21.parallel.layout import check_layout
@@ -135,20 +137,61 @@ def test_attention_tells_the_log_of_its_denominator(dtype: torch.dtype, device: 
     assert (lse.double() - expected_lse).abs().max() < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("bounds", [(0, 37), (0, 1, 37), (0, 12, 13, 30, 37)])
-def test_attention_to_parts_of_the_keys_joins_to_attention_to_all(bounds: tuple[int, ...]) -> None:
-    q, k, v = queries_keys_values(37, torch.float32)
-    mean = Mean()
+def test_attention_to_parts_of_the_keys_joins_to_attention_to_all(
+    bounds: tuple[int, ...], dtype: torch.dtype, *, is_fused: bool
+) -> None:
+    q, k, v = queries_keys_values(37, dtype)
+    result = torch.empty(q.shape[0], q.shape[1], 7, q.shape[3], dtype=dtype)[:, :, 2:6]  # some heads of more
+    mean = Mean(result, len(bounds) - 1, is_fused=is_fused)
     for start, stop in pairwise(bounds):
         mean.add(*attend_with_lse(10 * q, k[:, start:stop], v[:, start:stop]))  # nearly one key each
-    assert mean.out is not None
-    assert (mean.out.double() - naive(10 * q, k, v)[0]).abs().max() < 1e-5
+    assert (result.double() - naive(10 * q, k, v)[0]).abs().max() < 5 * ROUNDING[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+def test_the_kernel_that_joins_attention_equals_its_words_in_torch(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    generator = torch.Generator("cuda").manual_seed(0)
+    out, more = (
+        torch.randn(2, 77, 9, 24, generator=generator, device="cuda").to(kind)[:, :, 2:7]
+        for kind in (torch.float32, dtype)
+    )
+    lse, more_lse = (
+        5 * torch.randn(2, 5, 77, generator=generator, device="cuda").transpose(1, 2)[..., None] for _ in "12"
+    )
+    found = []
+    for join in (tokens.join_attention, tokens.join_attention_plainly):
+        result, joint = torch.zeros_like(more), lse.clone()
+        join(out, joint, more, more_lse, result, joint)
+        found.append((result.float(), joint))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=ROUNDING[dtype])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_heads_are_written_to_a_place_for_each_member() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, 24, generator=generator)
+    layer, norm = nn.Linear(24, 24), RmsNorm(24, 1e-6)
+    norm.weight.data.copy_(torch.randn(24, generator=generator))
+    turns = torch.polar(torch.ones(5, 1, 2), torch.randn(5, 1, 2, generator=generator))
+    with torch.no_grad():
+        for operations in (Operations(), FusedOperations()):
+            dealt = torch.empty(3, 5, 1, 2, 4).permute(2, 1, 0, 3, 4)
+            operations.heads(x.clone(), norm, 6, turns, dealt)
+            assert torch.equal(dealt.flatten(2, 3), operations.heads(x.clone(), norm, 6, turns))
+            operations.linear(layer, x, dealt)
+            torch.testing.assert_close(dealt.flatten(2), layer(x))  # products of fewer columns
 
 
 def test_tokens_that_are_shared_keep_no_gradients() -> None:
-    tokens = SharedTokens(5, World(sequence=Group((0, 1), 0)), None)
+    shared = SharedTokens(5, World(sequence=Group((0, 1), 0)), None)
     with pytest.raises(ValueError, match="no_grad"):
-        tokens.own(torch.zeros(1, 5, 3), 1)
+        shared.own(torch.zeros(1, 5, 3), 1)
 
 
 def sources(tmp_path: Path) -> list[Callable[[], Source]]:

@@ -37,7 +37,8 @@ FORWARDS = [
     Forward(),
     Forward(grid=(3, 3, 5), batch_size=2, most_rows=8),
     Forward(grid=(1, 1, 5), query_slices=2),
-    Forward(grid=(3, 3, 5), query_slices=3, most_rows=64),
+    Forward(grid=(3, 3, 5), query_slices=3, most_rows=64, rows_apart=2, is_fused=True),
+    Forward(grid=(3, 5, 7), batch_size=2, rows_apart=4, is_fused=True),
     Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5),
 ]
 MOST_RANKS = max(layout.world_size for layout in SEQUENCES)

@@ -51,7 +51,7 @@ class Fp8Operations(FusedOperations):
         if not isinstance(layer, ScaledLinear):
             return super().linear(layer, x, out)
         rows = x if isinstance(x, ScaledRows) else fp8.quantize_rows(x)
-        if out is None or rows.values.shape[0] == 1:
+        if out is None or (rows.values.shape[0] == 1 and out.dim() == 4):
             flat = None if out is None else out.view(rows.values.shape[1], -1)
             result = fp8.scaled_linear(rows, layer.scaled, layer.bias, flat)
             return result if out is None else out

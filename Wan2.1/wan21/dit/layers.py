@@ -6,7 +6,7 @@ All per-token work goes over the tokens in chunks of rows and adds into the resi
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
     ) -> Residual:
         """The residual with this branch added.
 
-        Keys and values of all tokens come first, and the queries with them if they are not sliced. Each slice of
+        Values and keys of all tokens come first, and the queries with them if they are not sliced. Each slice of
         queries is added to the residual before the next one is formed: a token's normed input depends on its own
         residual only.
 
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the norm's output is rounded to.
-            room: for keys and values, from the tokens' `room`; None where gradients are kept.
+            room: for values and keys, from the tokens' `room`; None where gradients are kept.
             part: surrounds the use of weights: "keys" of k and v, "queries" of q and o.
 
         Returns:
@@ -105,20 +105,20 @@ class SelfAttention(nn.Module):
         def queries(rows: slice, x: Activations, out: torch.Tensor | None) -> torch.Tensor:
             return run.heads(run.linear(self.q, x), self.norm_q, self.num_heads, turns[rows], out)
 
-        def form(rows: slice, window: torch.Tensor, outs: Outs) -> tuple[torch.Tensor, ...]:
+        def form(rows: slice, window: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
             x = normed(window)
-            keys = run.heads(run.linear(self.k, x), self.norm_k, self.num_heads, turns[rows], outs[0])
-            values = run.linear(self.v, x, outs[1]).view(keys.shape)
-            return (keys, values, queries(rows, x, outs[2])) if whole else (keys, values)
+            yield self._values(x, outs[0])
+            yield run.heads(run.linear(self.k, x), self.norm_k, self.num_heads, turns[rows], outs[1])
+            yield from (queries(rows, x, out) for out in outs[2:])
 
-        def form_queries(rows: slice, window: torch.Tensor, outs: Outs) -> tuple[torch.Tensor]:
-            return (queries(rows, normed(window), outs[0]),)
+        def form_queries(rows: slice, window: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
+            yield queries(rows, normed(window), outs[0])
 
         with ExitStack() as parts:
             with part("keys"):
                 if whole:
                     parts.enter_context(part("queries"))
-                k, v, *q = tokens.collect(windows(residual, size), form, _wholes(room, with_queries=whole))
+                v, k, *q = tokens.collect(windows(residual, size), form, _wholes(room, with_queries=whole))
             if not whole:
                 parts.enter_context(part("queries"))
             for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True):
@@ -127,13 +127,16 @@ class SelfAttention(nn.Module):
                     room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
                     q = [*tokens.collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
                     del room_of_slice  # or it would stand beside the outputs
-                attended = tokens.attend(run.attend, q.pop(), k, v)
-                for part_rows, heads in tokens.give_back(attended, size):
+                for part_rows, heads in tokens.read(run.attend, q.pop(), k, v, size):
                     branch = run.linear(self.o, heads)
                     residual = run.add(residual, window[:, part_rows], branch, modulation.gate)
                     del branch, heads
-                del attended  # or it would stand beside the next one
         return residual
+
+    def _values(self, x: Activations, out: torch.Tensor | None) -> torch.Tensor:
+        """[B, rows, N, K], or `out`."""
+        values = self.operations.linear(self.v, x, out)
+        return values.unflatten(-1, (self.num_heads, -1)) if out is None else values
 
 
 def _wholes(room: torch.Tensor | None, *, with_queries: bool) -> Outs:

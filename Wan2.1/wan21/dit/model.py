@@ -6,7 +6,7 @@ D model width, K head width.
 Reference: Wan2.1 (arXiv 2503.20314), section 4.2; flow matching (arXiv 2210.02747).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -76,9 +76,9 @@ class Head(nn.Module):
         shift, scale = (self.modulation + time.unsqueeze(1)).split(1, dim=1)
         modulation = Modulation(shift, 1 + scale)
 
-        def patches(_: slice, window: torch.Tensor, outs: Outs) -> tuple[torch.Tensor]:
+        def patches(_: slice, window: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
             x = self.operations.modulated(window, modulation, self.eps, torch.float32)
-            return (self.operations.linear(self.head, x, outs[0]),)
+            yield self.operations.linear(self.head, x, outs[0])
 
         shape = (*residual.shape[:2], self.head.out_features)
         whole = None if torch.is_grad_enabled() else time.new_empty(shape)

@@ -104,7 +104,17 @@ class Operations:
         return norm(x).to(dtype)
 
     def linear(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Tensor:
-        """[B, R, D] through a linear layer; written to `out` of as many elements if there is one."""
+        """[B, R, D] through a linear layer.
+
+        Args:
+            layer: with or without a bias.
+            x: rows.
+            out: where to write the result, if it is to go somewhere: [B, R, ...], of as many elements. Its columns may
+                lie in several places, as those of [B, R, U, N / U, K] that are dealt to U members.
+
+        Returns:
+            [B, R, D], or `out`.
+        """
         result: Tensor = layer(x)
         return result if out is None else out.copy_(result.view(out.shape))
 
@@ -120,17 +130,18 @@ class Operations:
             norm: its weights.
             num_heads: N.
             turns: rotary positions, [R, 1, K/2], complex64; None: no positions.
-            out: where to write the result, if it is to go somewhere.
+            out: where to write the result, if it is to go somewhere: [B, R, N, K], or [B, R, U, N / U, K] with the
+                heads of each of U members in a place of their own.
 
         Returns:
-            [B, R, N, K] in the compute dtype.
+            [B, R, N, K] in the compute dtype, or `out`.
         """
         normed = functional.rms_norm(x, (x.shape[-1],), eps=norm.eps)
         heads = (normed * norm.weight).unflatten(-1, (num_heads, -1))
         del normed
         if turns is not None:
             heads = rotate(heads, turns)
-        return heads.to(x.dtype) if out is None else out.copy_(heads)
+        return heads.to(x.dtype) if out is None else out.copy_(heads.view(out.shape))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
         """What queries read from the prompt, or from pictures.
@@ -191,9 +202,17 @@ class FusedOperations(Operations):
     plain one by about as much as rounding to the compute dtype changes it (docs/parity.md).
 
     Memory: no float32 copies of a chunk, and results are written where they go.
+
+    Args:
+        attention: the kernel of self attention.
+        members: to how many heads may be dealt.
     """
 
     COUNTS_PADDING: ClassVar[bool] = True
+
+    def __init__(self, attention: Attention = attend, members: int = 1) -> None:
+        super().__init__(attention)
+        self._members = members
 
     def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().warm_up(config, dtype, device)
@@ -202,11 +221,12 @@ class FusedOperations(Operations):
         for norm_dtype in {torch.float32, dtype}:
             branch = tokens.modulate(x, x, x, config.eps, dtype, norm_dtype)
         tokens.modulate(x, x, x, config.eps, torch.float32, torch.float32)  # the head's
-        for positions in (turns, None):
-            tokens.rms_heads_(branch, weight, positions, config.eps, branch.unflatten(-1, (config.num_heads, -1)))
+        heads = branch.unflatten(-1, (config.num_heads, -1))
+        dealt = branch.unflatten(-1, (self._members, config.num_heads // self._members, -1))
+        for positions, out in ((turns, dealt), (turns, heads), (None, heads)):
+            tokens.rms_heads_(branch, weight, positions, config.eps, out)
         for gate in (x, None):
             tokens.add_gated_(x, branch, gate)
-        heads = branch.unflatten(-1, (config.num_heads, -1))
         tokens.attend_counted(heads, heads, heads, 1)
 
     def modulated(
@@ -227,7 +247,11 @@ class FusedOperations(Operations):
         if out is None or isinstance(layer, ScaledLinear) or isinstance(x, ScaledRows):
             return super().linear(layer, x, out)
         if x.shape[0] == 1:
-            torch.addmm(layer.bias, x[0], layer.weight.t(), out=out.view(x.shape[1], -1))
+            members = out.unbind(2) if out.dim() == 5 else (out,)
+            width = layer.out_features // len(members)
+            for start, place in enumerate(members):
+                of = slice(start * width, (start + 1) * width)
+                torch.addmm(layer.bias[of], x[0], layer.weight[of].t(), out=place.view(x.shape[1], width))
             return out
         return out.copy_(layer(x).view(out.shape))  # the rows of several videos do not lie in one matrix
 

@@ -32,8 +32,8 @@ Residual = torch.Tensor | Windowed
 Outs = tuple[torch.Tensor | None, ...]
 """Where results are to be written; None where gradients are kept: then they are handed over."""
 
-Produce = Callable[[slice, torch.Tensor, Outs], tuple[torch.Tensor, ...]]
-"""From the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results."""
+Produce = Callable[[slice, torch.Tensor, Outs], Iterable[torch.Tensor]]
+"""From the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results, one by one."""
 
 
 def row_slices(num_rows: int, size: int) -> Iterator[slice]:
@@ -71,11 +71,11 @@ def collect(parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[to
         ValueError: there is no window.
     """
     first: int | None = None
-    results: tuple[torch.Tensor, ...] = ()
+    results: list[torch.Tensor] = []
     for rows, x in parts:
         first = rows.start if first is None else first
         here = slice(rows.start - first, rows.stop - first)
-        results = produce(rows, x, tuple(None if whole is None else whole[:, here] for whole in wholes))
+        results = [*produce(rows, x, tuple(None if whole is None else whole[:, here] for whole in wholes))]
     if first is None:
         raise ValueError("nothing to collect: there is no window")
     return tuple(result if whole is None else whole for result, whole in zip(results, wholes, strict=True))

@@ -1,18 +1,38 @@
 """Which of a video's tokens this process works on, and how self attention reaches the others.
 
-Letters: B videos, L tokens, N heads, K head width; Lk keys and n heads that attention sees here at a time.
+Letters: B videos, L tokens, N heads, K head width; Lk keys and n heads that attention sees here at a time; U members
+that heads are dealt to.
 
 Everything but self attention looks at one token at a time. So a process may hold some tokens only, if somebody brings
 queries, keys and values together. The network asks the questions below; a process that holds all tokens answers them as
 they stand here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from wan21.attention import Attention
 from wan21.dit.residual import Outs, Produce, Window, chunks, collect
+
+
+class Brought(ABC):
+    """Queries, keys or values of tokens here and elsewhere, which may still be on their way."""
+
+    @abstractmethod
+    def here(self) -> torch.Tensor:
+        """[B, Lk, n, K]; what the current stream does next comes after their arrival."""
+
+
+class AtHand(Brought):
+    """What has been here from the beginning."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def here(self) -> torch.Tensor:
+        return self._tensor
 
 
 class Tokens:
@@ -39,32 +59,37 @@ class Tokens:
         """
         return like.new_empty((count, *shape))
 
-    def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[torch.Tensor, ...]:
+    def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[Brought, ...]:
         """Brings together what is made of consecutive windows, here and elsewhere.
 
         Args:
             parts: the windows.
-            produce: what makes the results of a window, [B, rows, N, K] each.
+            produce: what makes the results of a window, one after the other, [B, rows, N, K] each, or, where it is
+                given room for that, dealt to members, [B, rows, U, N / U, K].
             wholes: for the results of all windows, as in `room`; None where gradients are kept, and there is one
                 window.
 
         Returns:
-            [B, Lk, n, K] each.
+            One for each result, in their order.
         """
-        return collect(parts, produce, wholes)
+        return tuple(map(AtHand, collect(parts, produce, wholes)))
 
-    def attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of collected queries to collected keys and values by this kernel: [B, Lq, n * K]."""
-        return attention(q, k, v)
-
-    def give_back(self, attended: torch.Tensor, size: int) -> Iterator[Window]:
-        """What attention gave for this process's tokens, all heads of them: windows [B, rows, N * K], `size` rows each.
+    def read(self, attention: Attention, q: Brought, k: Brought, v: Brought, size: int) -> Iterator[Window]:
+        """What this process's tokens read from all others.
 
         Args:
-            attended: from `attend`.
+            attention: the kernel.
+            q: queries, which are let go when they have been used; nobody else should hold them.
+            k: keys.
+            v: values.
             size: rows of a window.
+
+        Yields:
+            All heads of consecutive tokens, [B, rows, N * K], at most `size` of them at a time.
         """
-        return chunks(attended, size)
+        attended = attention(q.here(), k.here(), v.here())
+        del q  # or they would stand beside the windows
+        yield from chunks(attended, size)
 
 
 ALL = Tokens()

@@ -43,10 +43,11 @@ def rms_heads_(x: Tensor, weight: Tensor, turns: Tensor | None, eps: float, out:
         weight: [D], float32.
         turns: [R, 1, K/2], complex64, contiguous; None: nothing is turned.
         eps: of the norm.
-        out: [B, R, N, K], the last two dimensions contiguous; may be `x` itself, seen so.
+        out: [B, R, N, K], the last two dimensions contiguous; may be `x` itself, seen so. Or [B, R, U, N / U, K], the
+            last two dimensions contiguous: the heads of each of U members in a place of their own.
     """
     real = None if turns is None else torch.view_as_real(turns)
-    torch.ops.wan21.rms_heads_(out, x, weight, real, eps)
+    torch.ops.wan21.rms_heads_(out if out.dim() == 5 else out.unsqueeze(2), x, weight, real, eps)
 
 
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
@@ -91,6 +92,33 @@ def attend_counted(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
     return torch.ops.wan21.attend_counted(q, k, v, repeats)
 
 
+def join_attention(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, result: Tensor, joint_lse: Tensor) -> None:
+    """Attention over two sets of keys together, from attention over each.
+
+    Args:
+        out: over the first, [B, R, N, K]; any number format, the last dimension contiguous.
+        lse: log of its softmax's denominator, [B, R, N, 1], float32.
+        more: over the second, as `out`.
+        more_lse: as `lse`.
+        result: [B, R, N, K], the last dimension contiguous; may be `out` itself.
+        joint_lse: [B, R, N, 1], float32; may be `lse` itself.
+    """
+    torch.ops.wan21.join_attention(result, joint_lse, out, lse, more, more_lse)
+
+
+def join_attention_plainly(
+    out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, result: Tensor, joint_lse: Tensor
+) -> None:
+    """`join_attention` in torch's own operators.
+
+    Memory: three [B, R, N, K] in float32.
+    """
+    share = torch.sigmoid(more_lse - lse)  # of the second in both together
+    joint = torch.logaddexp(lse, more_lse)
+    result.copy_(torch.lerp(out.float(), more.float(), share))
+    joint_lse.copy_(joint)
+
+
 def _modulate_reference(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
 ) -> Tensor:
@@ -111,8 +139,9 @@ def _modulate_shape(
 
 def _rms_heads_reference(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> None:
     normed = functional.rms_norm(x, (x.shape[-1],), eps=eps) * weight
-    heads = normed.unflatten(-1, out.shape[-2:])
-    out.copy_(heads if turns is None else rotate(heads, torch.view_as_complex(turns)))
+    heads = normed.unflatten(-1, (-1, out.shape[-1]))
+    heads = heads if turns is None else rotate(heads, torch.view_as_complex(turns))
+    out.copy_(heads.view(out.shape))
 
 
 def _add_gated_reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
@@ -175,6 +204,20 @@ def _attend_counted_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Te
     return prompt.attend_counted(q, k, v, repeats)
 
 
+def _join_attention_reference(
+    result: Tensor, joint_lse: Tensor, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor
+) -> None:
+    join_attention_plainly(out, lse, more, more_lse, result, joint_lse)
+
+
+def _join_attention_on_cuda(
+    result: Tensor, joint_lse: Tensor, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor
+) -> None:
+    from wan21.kernels.gpu import ring
+
+    ring.join_attention(result, joint_lse, out, lse, more, more_lse)
+
+
 def _nothing(*_: object) -> None:
     """The shape of no result."""
 
@@ -185,12 +228,17 @@ _LIBRARY.define(
 _LIBRARY.define("rms_heads_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? turns, float eps) -> ()")
 _LIBRARY.define("add_gated_(Tensor(a!) x, Tensor branch, Tensor? gate) -> ()")
 _LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_LIBRARY.define(
+    "join_attention(Tensor(a!) result, Tensor(b!) joint_lse, Tensor out, Tensor lse, Tensor more, Tensor more_lse) "
+    "-> ()"
+)
 _LIBRARY.define("attend_counted(Tensor q, Tensor k, Tensor v, int repeats) -> Tensor")
 for _name, _reference, _cuda, _shape in (
     ("modulate", _modulate_reference, _modulate_on_cuda, _modulate_shape),
     ("rms_heads_", _rms_heads_reference, _rms_heads_on_cuda, _nothing),
     ("add_gated_", _add_gated_reference, _add_gated_on_cuda, _nothing),
     ("linear_gelu", _linear_gelu_reference, _linear_gelu_on_cuda, _linear_gelu_shape),
+    ("join_attention", _join_attention_reference, _join_attention_on_cuda, _nothing),
     ("attend_counted", _attend_counted_reference, _attend_counted_on_cuda, _attend_counted_shape),
 ):
     _LIBRARY.impl(_name, _reference, "CPU")

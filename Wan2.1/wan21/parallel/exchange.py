@@ -5,7 +5,7 @@ waits makes the current stream wait, never the host. So what is sent must not be
 touched, between the call and the wait. On a CPU, with gloo, the host waits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,28 @@ def send_and_receive(
     operations = [dist.P2POp(dist.isend, tensor, group.ranks[rank], group.handle) for rank, tensor in sends]
     operations += [dist.P2POp(dist.irecv, tensor, group.ranks[rank], group.handle) for rank, tensor in receives]
     return Messages([tensor for _, tensor in sends], dist.batch_isend_irecv(operations))
+
+
+def exchange(group: Group, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Messages:
+    """Starts to exchange tensors with some members; all members of the group have to call it together.
+
+    With NCCL this is one collective, which, unlike messages between two, does not keep torch's allocator from giving
+    away what was sent as soon as `wait` was called.
+
+    Args:
+        group: the members.
+        sends: what each member gets, by rank in the group, contiguous.
+        receives: where what each member sends arrives, contiguous.
+    """
+    example = next(iter(sends.values()))
+    if example.device.type != "cuda":
+        return send_and_receive(group, list(sends.items()), list(receives.items()))
+    nothing = example.new_empty(0)
+    outgoing, incoming = (
+        [tensors.get(member, nothing) for member in range(group.size)] for tensors in (sends, receives)
+    )
+    work = dist.all_to_all(incoming, outgoing, group=group.handle, async_op=True)
+    return Messages(outgoing, [] if work is None else [work])
 
 
 def all_gather(group: Group, out: torch.Tensor, own: torch.Tensor) -> None:

@@ -4,8 +4,8 @@ Letters: B videos; Lq queries and Lk keys of one member; N heads; K head width.
 
 A softmax over all keys is a weighted mean of softmaxes over parts of them, weighted by their denominators, whose logs
 the kernels give. So each member needs one member's keys and values at a time, and while it attends to them the next
-ones arrive. Heads go round in groups, one group after the other, so that what travels and the sum in float32 take a
-quarter of what all heads would.
+ones arrive. Heads go round in groups, one group after the other, so that what travels takes a quarter of what all heads
+would.
 
 Reference: Ring Attention (arXiv 2310.01889); online softmax (arXiv 1805.02867).
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from wan21.attention import AttentionWithLse
+from wan21.kernels import tokens
 from wan21.parallel.exchange import Messages, send_and_receive
 from wan21.parallel.world import Group
 
@@ -23,25 +24,39 @@ HEAD_GROUPS = 4
 
 
 class Mean:
-    """The weighted mean of attention over parts of the keys, in float32."""
+    """The weighted mean of attention over parts of the keys; in float32 while more than two parts are joined.
 
-    def __init__(self) -> None:
-        self.out: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
+    Args:
+        result: where it goes, [B, Lq, N, K].
+        num_parts: how many there are.
+        is_fused: whether two are joined in a kernel of our own.
+    """
+
+    def __init__(self, result: torch.Tensor, num_parts: int, *, is_fused: bool = False) -> None:
+        self._result = result
+        self._left = num_parts
+        self._join = tokens.join_attention if is_fused else tokens.join_attention_plainly
+        self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Takes in attention over some more keys.
+        """Takes in attention over some more keys; the last one completes the result.
 
         Args:
             out: [B, Lq, N, K].
             lse: log of its denominator, [B, Lq, N, 1], float32.
         """
-        if self.out is None or self._lse is None:
-            self.out, self._lse = out.float(), lse
+        self._left -= 1
+        if self._parts is None:
+            self._parts = out, lse
+            if not self._left:
+                self._result.copy_(out)
             return
-        share = torch.sigmoid(lse - self._lse)  # of the new part in both together
-        self.out.lerp_(out.float(), share)
-        self._lse = torch.logaddexp(self._lse, lse)
+        mean, denominator = self._parts
+        if self._left and mean.dtype != torch.float32:
+            mean = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        place = mean if self._left else self._result
+        self._join(*self._parts, out, lse, place, denominator)
+        self._parts = mean, denominator
 
 
 class Ring:
@@ -51,15 +66,24 @@ class Ring:
         group: the members.
         num_keys: how many of each member's keys count; those behind them are passed over. It may be none.
         attention: the kernel.
+        is_fused: whether parts are joined in a kernel of our own.
 
-    Memory: beside queries, keys, values and result, for a quarter of the heads twice keys and values, and the result
-    in float32.
+    Memory: beside queries, keys, values and result, for a quarter of the heads twice keys and values, two results, and,
+    of more than two members, one in float32.
+
+    Raises:
+        ValueError: no member has a key.
     """
 
-    def __init__(self, group: Group, num_keys: Sequence[int], attention: AttentionWithLse) -> None:
+    def __init__(
+        self, group: Group, num_keys: Sequence[int], attention: AttentionWithLse, *, is_fused: bool = False
+    ) -> None:
+        if not any(num_keys):
+            raise ValueError(f"num_keys={list(num_keys)}: there is no key to attend to")
         self._group = group
         self._attention = attention
         self._num_keys = num_keys
+        self._is_fused = is_fused
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this member's queries.
@@ -75,17 +99,15 @@ class Ring:
         result = torch.empty_like(q)
         num_heads = q.shape[2]
         at_once = -(-num_heads // HEAD_GROUPS)
+        num_parts = sum(count > 0 for count in self._num_keys)
         buffers = [k.new_empty(2, *k.shape[:2], at_once, k.shape[3]) for _ in range(2)]
         for first in range(0, num_heads, at_once):
             heads = slice(first, min(first + at_once, num_heads))
-            mean = Mean()
+            mean = Mean(result[:, :, heads], num_parts, is_fused=self._is_fused)
             for owner, keys, values in self._go_round(k[:, :, heads], v[:, :, heads], buffers):
                 count = self._num_keys[owner]
                 if count:
                     mean.add(*self._attention(q[:, :, heads], keys[:, :count], values[:, :count]))
-            if mean.out is None:
-                raise ValueError(f"num_keys={list(self._num_keys)}: there is no key to attend to")
-            result[:, :, heads] = mean.out
         return result
 
     def _go_round(

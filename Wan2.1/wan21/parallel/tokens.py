@@ -9,25 +9,41 @@ simple: all messages have one size, all processes take the same slices, and none
 Reference: DeepSpeed-Ulysses (arXiv 2309.14509); the grid is that of USP (arXiv 2405.07719).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from wan21.attention import Attention, AttentionWithLse, choose_attention_with_lse
 from wan21.config import AttentionKernel
-from wan21.dit.residual import Outs, Produce, Window, row_slices
-from wan21.dit.tokens import ALL, Tokens
-from wan21.parallel.exchange import Messages, gathered, send_and_receive
+from wan21.dit.residual import Outs, Produce, Window, chunks, row_slices
+from wan21.dit.tokens import ALL, Brought, Tokens
+from wan21.parallel.exchange import Messages, exchange, gathered
 from wan21.parallel.ring import Ring
 from wan21.parallel.world import World
 
+MOST_UNDER_WAY = 6
+"""Messages of a collection that may wait to be sent: values, keys and queries of two windows."""
 
-def shared_tokens(num_tokens: int, world: World, kernel: AttentionKernel = "sdpa") -> Tokens:
-    """The tokens of a video that this process holds: all of them where it is not shared."""
+FEWEST_ROWS_APART = 4096
+"""Rows of a member below which its queries are not attended to apart from the others': they would not fill a GPU."""
+
+ROWS_OF_A_TILE = 128
+"""Rows are cut at multiples of this: kernels of attention take so many queries at a time."""
+
+
+def shared_tokens(num_tokens: int, world: World, kernel: AttentionKernel = "sdpa", *, is_fused: bool = False) -> Tokens:
+    """The tokens of a video that this process holds: all of them where it is not shared.
+
+    Args:
+        num_tokens: of the video.
+        world: this process's place.
+        kernel: of attention.
+        is_fused: whether kernels of our own may be used.
+    """
     if world.sequence.size == 1:
         return ALL
     with_lse = choose_attention_with_lse(kernel) if world.ring.size > 1 else None
-    return (SharedTokens if world.ulysses.size == 1 else SharedHeads)(num_tokens, world, with_lse)
+    return (SharedTokens if world.ulysses.size == 1 else SharedHeads)(num_tokens, world, with_lse, is_fused=is_fused)
 
 
 class SharedTokens(Tokens):
@@ -37,16 +53,19 @@ class SharedTokens(Tokens):
         num_tokens: of the video.
         world: this process's place.
         with_lse: the kernel of attention in a ring, if there is one.
+        is_fused: whether a ring joins parts in a kernel of our own.
     """
 
-    def __init__(self, num_tokens: int, world: World, with_lse: AttentionWithLse | None) -> None:
+    def __init__(
+        self, num_tokens: int, world: World, with_lse: AttentionWithLse | None, *, is_fused: bool = False
+    ) -> None:
         self._num_tokens = num_tokens
         self._sequence = world.sequence
         self._group = world.ulysses
         self._num_rows = -(-num_tokens // world.sequence.size)
         in_group = self._num_rows * world.ulysses.size
         self._num_keys = [min(max(num_tokens - i * in_group, 0), in_group) for i in range(world.ring.size)]
-        self._ring = None if with_lse is None else Ring(world.ring, self._num_keys, with_lse)
+        self._ring = None if with_lse is None else Ring(world.ring, self._num_keys, with_lse, is_fused=is_fused)
 
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """This process's rows along `dim`, zeros where they are padding.
@@ -68,21 +87,51 @@ class SharedTokens(Tokens):
         everything = gathered(self._sequence, x).transpose(0, 1)  # [B, members, rows, ...]
         return everything.flatten(1, 2)[:, : self._num_tokens]  # copies for several videos
 
-    def attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def read(self, attention: Attention, q: Brought, k: Brought, v: Brought, size: int) -> Iterator[Window]:
         """Likewise; in a ring its own kernel takes the place of the given one."""
+        attended = self._attend(attention, q.here(), k.here(), v.here())
+        del q
+        yield from chunks(attended, size)
+
+    def _attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[B, Lq, n * K]."""
         if self._ring is not None:
             return self._ring.attend(q, k, v).flatten(2)
         (count,) = self._num_keys
         return attention(q, k[:, :count], v[:, :count])
 
 
+class OnTheWay(Brought):
+    """What other members send, too.
+
+    Args:
+        room: where it arrives, [B, U * rows, n, K]; in memory [U * rows, B, n, K], a member's rows in one piece.
+        own: this process's rows, which are there when `collect` returns.
+        num_members: U.
+    """
+
+    def __init__(self, room: torch.Tensor, own: slice, num_members: int) -> None:
+        self.room = room
+        self.own = own
+        self.members = room.transpose(0, 1).unflatten(0, (num_members, -1))  # [U, rows, B, n, K]
+        self.messages: list[Messages] = []
+
+    def here(self) -> torch.Tensor:
+        for messages in self.messages:
+            messages.wait()
+        self.messages = []
+        return self.room
+
+
 class SharedHeads(SharedTokens):
     """The same, where several processes share the heads: Ulysses.
 
-    Outside attention a process has its rows with all heads, inside it all rows of its group with n heads. Queries, keys
-    and values leave chunk by chunk, as they are made, straight to where they are needed, and attention's result comes
-    back chunk by chunk as it is used. So messages travel while the next chunk is computed, and a process holds what one
-    process would, divided by their number, and a few chunks.
+    Outside attention a process has its rows with all heads, inside it all rows of its group with n heads. Values, keys
+    and queries leave as they are made, so that one travels while the next is computed. Attention begins with the
+    queries of this process's own rows, while those of the others arrive. What another member's queries read goes back
+    while the next member's are attended to, the last in two halves, and arrives where queries lay that have been used.
+    So hardly anything waits for messages, and a process holds what one process would, divided by their number, and
+    beside it a window.
     """
 
     def room(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
@@ -92,53 +141,86 @@ class SharedHeads(SharedTokens):
         room = like.new_empty((count, members * num_rows, batch_size, num_heads // members, head_dim))
         return room.transpose(1, 2)
 
-    def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[torch.Tensor, ...]:
-        rooms = tuple(whole for whole in wholes if whole is not None)
+    def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[OnTheWay, ...]:
+        group = self._group
+        brought = tuple(self._expected(whole) for whole in wholes if whole is not None)
         under_way: list[Messages] = []
         first: int | None = None
         for rows, x in parts:
             first = rows.start if first is None else first
             here = slice(rows.start - first, rows.stop - first)
-            chunk = (rows.stop - rows.start, rooms[0].shape[2] * self._group.size, rooms[0].shape[3])
-            results = produce(rows, x, tuple(room.new_empty((room.shape[0], *chunk)) for room in rooms))
-            if len(under_way) == 2:
-                under_way.pop(0).wait()  # two chunks at most wait to be sent
-            under_way.append(self._hand_out(results, rooms, here))
-            del results  # or they would stand beside the next ones
-        for messages in under_way:
-            messages.wait()
-        return rooms
+            # By member, each with its heads of these rows: [U, rows, B, n, K], which [B, rows, U, n, K] is a view of.
+            sent = [one.members.new_empty(one.members[:, here].shape) for one in brought]
+            results = produce(rows, x, tuple(one.permute(2, 1, 0, 3, 4) for one in sent))
+            for one, given, _ in zip(brought, sent, results, strict=True):
+                if len(under_way) == MOST_UNDER_WAY:
+                    under_way.pop(0).wait()
+                one.members[group.rank, here].copy_(given[group.rank])
+                messages = exchange(
+                    group,
+                    {member: given[member] for member in group.others},
+                    {member: one.members[member, here] for member in group.others},
+                )
+                under_way.append(messages)
+                one.messages.append(messages)
+            del sent, given, results
+        return brought
 
-    def _hand_out(self, results: tuple[torch.Tensor, ...], rooms: tuple[torch.Tensor, ...], here: slice) -> Messages:
-        """Sends each member its heads of some rows, [B, rows, N, K] each, and takes from all the heads of this one."""
-        group = self._group
-        sends, receives = [], []
-        for room, result in zip(rooms, results, strict=True):
-            places = room.transpose(0, 1).unflatten(0, (group.size, -1))[:, here]  # [U, rows, B, n, K]
-            by_member = result.unflatten(2, (group.size, -1)).permute(2, 1, 0, 3, 4)  # [U, rows, B, n, K]
-            places[group.rank].copy_(by_member[group.rank])
-            for member in group.others:
-                sends.append((member, by_member[member].contiguous()))
-                receives.append((member, places[member]))
-        return send_and_receive(group, sends, receives)
+    def _expected(self, room: torch.Tensor) -> OnTheWay:
+        num_rows = room.shape[1] // self._group.size
+        first = self._group.rank * num_rows
+        return OnTheWay(room, slice(first, first + num_rows), self._group.size)
 
-    def give_back(self, attended: torch.Tensor, size: int) -> Iterator[Window]:
-        """Likewise; the next window travels while one is used."""
-        by_member = attended.transpose(0, 1).unflatten(0, (self._group.size, -1))  # [U, rows, B, n * K]
-        windows = list(row_slices(by_member.shape[1], size))
-        messages, places = self._ask_back(by_member, windows[0])
-        for rows, following in zip(windows, [*windows[1:], None], strict=True):
-            messages.wait()
-            heads = places.permute(2, 1, 0, 3).flatten(2)  # [B, rows, N * K], copies
-            if following is not None:
-                messages, places = self._ask_back(by_member, following)
-            yield rows, heads
-            del heads
+    def read(self, attention: Attention, q: Brought, k: Brought, v: Brought, size: int) -> Iterator[Window]:
+        """Likewise.
 
-    def _ask_back(self, by_member: torch.Tensor, rows: slice) -> tuple[Messages, torch.Tensor]:
-        """Some rows of this process with all heads, [U, rows, B, n * K], which are there after the messages."""
-        group = self._group
-        places = by_member.new_empty((group.size, rows.stop - rows.start, *by_member.shape[2:]))
-        places[group.rank].copy_(by_member[group.rank, rows])
-        sends = [(member, by_member[member, rows].contiguous()) for member in group.others]
-        return send_and_receive(group, sends, [(member, places[member]) for member in group.others]), places
+        Raises:
+            TypeError: the queries were not collected here.
+        """
+        if not isinstance(q, OnTheWay):
+            raise TypeError(f"queries are {type(q).__name__}; they have to come from `collect`")
+        keys, values = k.here(), v.here()
+        if self._ring is not None or q.members.shape[1] < FEWEST_ROWS_APART:
+            attended = self._attend(attention, q.here(), keys, values)  # [B, U * rows, n * K]
+            return self._come_back(q, lambda rows: attended[:, rows], size)
+        return self._come_back(q, lambda rows: self._attend(attention, q.room[:, rows], keys, values), size)
+
+    def _come_back(self, q: OnTheWay, of: Callable[[slice], torch.Tensor], size: int) -> Iterator[Window]:
+        """What this process's rows read, all heads together.
+
+        In its n-th turn a process sends to the n-th member behind it, and hears from the n-th before it.
+
+        Args:
+            q: queries; their room is written to.
+            of: what the queries of some rows of all members read, [B, rows, n * K].
+            size: rows of a window.
+        """
+        group, num_rows = self._group, q.members.shape[1]
+        half = min(num_rows, -(-num_rows // (2 * ROWS_OF_A_TILE)) * ROWS_OF_A_TILE)
+        halves = [slice(0, half), slice(half, num_rows)] if half < num_rows else [slice(0, num_rows)]
+        own = of(q.own)
+        q.here()
+        by_half = [{group.rank: own[:, part]} for part in halves]
+        messages: list[Messages] = []
+        free = q.members[group.rank]  # [rows, B, n, K]
+        for turn in range(1, group.size):
+            towards, away = (group.rank + turn) % group.size, (group.rank - turn) % group.size
+            room = free.view(-1)
+            for part in halves if turn == group.size - 1 else [slice(0, num_rows)]:
+                first = towards * num_rows
+                theirs = of(slice(first + part.start, first + part.stop)).contiguous()  # copies for several videos
+                ours, room = room[: theirs.numel()].view_as(theirs), room[theirs.numel() :]
+                messages.append(exchange(group, {towards: theirs}, {away: ours}))
+                for found, rows in zip(by_half, halves, strict=True):
+                    if part.start <= rows.start and rows.stop <= part.stop:
+                        found[away] = ours[:, rows.start - part.start : rows.stop - part.start]
+                del theirs
+            free = q.members[towards]
+        last = len(messages) - len(halves)
+        for index, (part, found) in enumerate(zip(halves, by_half, strict=True)):
+            for one in messages[: last + index + 1]:
+                one.wait()
+            for rows in row_slices(part.stop - part.start, size):
+                heads = torch.cat([found[member][:, rows] for member in range(group.size)], dim=-1)
+                yield slice(part.start + rows.start, part.start + rows.stop), heads
+                del heads

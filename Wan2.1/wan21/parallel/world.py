@@ -3,16 +3,13 @@
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from wan21.errors import UsageError
 from wan21.layout import SINGLE, Layout
 from wan21.runtime import Runtime
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 LONGEST_WAIT = timedelta(minutes=30)
 """For a process that another one waits for, such as one that loads weights from a slow disk."""
@@ -51,7 +48,6 @@ class World:
     everyone: all processes.
     cfg, ring, ulysses: those that differ from this one in this coordinate of the grid alone.
     sequence: those that share a video's tokens with it: ring x ulysses.
-    mesh: the grid, with dimensions "cfg", "ring" and "ulysses"; None for a process by itself.
     """
 
     layout: Layout = SINGLE
@@ -61,7 +57,6 @@ class World:
     ring: Group = field(default_factory=Group)
     ulysses: Group = field(default_factory=Group)
     sequence: Group = field(default_factory=Group)
-    mesh: "DeviceMesh | None" = None
     owns_processes: bool = False
 
     @property
@@ -84,6 +79,10 @@ def connect(layout: Layout, runtime: Runtime) -> World:
     Torch's process group is made if there is none, with NCCL for a GPU and gloo for a CPU, and is then the world's to
     close. A layout of one process needs neither torchrun nor a group.
 
+    Weights, text and tiles are for everyone; each other way to speak that a layout has gets a group of its own, so that
+    tokens never queue behind weights, and no group is made twice: a communicator of NCCL takes hundreds of MiB. Torch's
+    DeviceMesh would make one for each dimension, also where nobody is to speak to.
+
     Args:
         layout: how the run is spread.
         runtime: where this process computes; one GPU for each process.
@@ -101,24 +100,21 @@ def connect(layout: Layout, runtime: Runtime) -> World:
         return ALONE
     owns_processes = not dist.is_initialized()
     if owns_processes and runtime.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=runtime.device, timeout=LONGEST_WAIT)
+        dist.init_process_group("nccl", device_id=runtime.device, timeout=LONGEST_WAIT, pg_options=_urgent())
     elif owns_processes:
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)
-    from torch.distributed.device_mesh import init_device_mesh
-
-    shape = (layout.cfg, layout.ring, layout.ulysses)
-    mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=("cfg", "ring", "ulysses"))
-    flat = init_device_mesh(runtime.device.type, (layout.cfg, layout.sequence), mesh_dim_names=("cfg", "sequence"))
-    rank = dist.get_rank()
+    grid = torch.arange(layout.world_size).view(layout.cfg, layout.ring, layout.ulysses)
+    sequence = _group(grid.flatten(1))
+    has_both = layout.ring > 1 and layout.ulysses > 1
+    alone = Group((dist.get_rank(),))
     return World(
         layout=layout,
-        rank=rank,
-        everyone=_group(dist.group.WORLD),
-        cfg=_group(mesh.get_group("cfg")),
-        ring=_group(mesh.get_group("ring")),
-        ulysses=_group(mesh.get_group("ulysses")),
-        sequence=_group(flat.get_group("sequence")),
-        mesh=mesh,
+        rank=dist.get_rank(),
+        everyone=Group(tuple(range(layout.world_size)), dist.get_rank(), dist.group.WORLD),
+        cfg=_group(grid.flatten(1).t()),
+        ring=_group(grid.transpose(1, 2).flatten(0, 1)) if has_both else sequence if layout.ring > 1 else alone,
+        ulysses=_group(grid.flatten(0, 1)) if has_both else sequence if layout.ulysses > 1 else alone,
+        sequence=sequence,
         owns_processes=owns_processes,
     )
 
@@ -128,6 +124,20 @@ def local_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def _group(handle: dist.ProcessGroup | None) -> Group:
-    ranks = tuple(dist.get_process_group_ranks(handle))
-    return Group(ranks, ranks.index(dist.get_rank()), handle)
+def _group(members: torch.Tensor) -> Group:
+    """This process's of the groups of a division, [groups, members]; all processes have to ask for it."""
+    rank = dist.get_rank()
+    ranks = [tuple(row) for row in members.tolist()]
+    own = next(row for row in ranks if rank in row)
+    if len(own) == 1:
+        return Group(own)
+    options = _urgent() if dist.get_backend() == "nccl" else None
+    handles = [dist.new_group(list(row), timeout=LONGEST_WAIT, pg_options=options) for row in ranks]
+    return Group(own, own.index(rank), handles[ranks.index(own)])
+
+
+def _urgent() -> "dist.ProcessGroupNCCL.Options":
+    """Messages before products: a kernel of attention fills a GPU, and messages would wait until its last part ends."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options

@@ -72,13 +72,15 @@ def _rms_heads(
     rows_of_one,
     out_batch,
     out_row,
+    out_member,
     head_width,
     eps,
     width: tl.constexpr,
+    member_width: tl.constexpr,
     part: tl.constexpr,
     is_turned: tl.constexpr,
 ):
-    """A row a program, in parts: twice over it, the second time from the cache."""
+    """A row a program, in parts: twice over it, the second time from the cache. Columns are dealt to members."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // rows_of_one
     inside = row - batch * rows_of_one
@@ -100,7 +102,8 @@ def _rms_heads(
             cosine, sine = tl.split(tl.reshape(turn, (part // 2, 2)))
             turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
             normed = tl.reshape(turned, (part,))
-        tl.store(out + start + cols, normed.to(out.dtype.element_ty))
+        places = (start + cols) // member_width * out_member + (start + cols) % member_width
+        tl.store(out + places, normed.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,8 +164,9 @@ def rms_heads_(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps
     batch_size, num_rows, width = x.shape
     part = min(width & -width, LARGEST_PART)  # a power of two that divides the width
     _rms_heads[(batch_size * num_rows,)](
-        out, x, weight, x if turns is None else turns, num_rows, out.stride(0), out.stride(1), out.shape[3],
-        eps, width=width, part=part, is_turned=turns is not None, num_warps=max(1, part // 256),
+        out, x, weight, x if turns is None else turns, num_rows, out.stride(0), out.stride(1), out.stride(2),
+        out.shape[4], eps, width=width, member_width=out.shape[3] * out.shape[4], part=part,
+        is_turned=turns is not None, num_warps=max(1, part // 256),
     )  # fmt: skip
 
 

@@ -140,4 +140,5 @@ def _urgent() -> "dist.ProcessGroupNCCL.Options":
     """Messages before products: a kernel of attention fills a GPU, and messages would wait until its last part ends."""
     options = dist.ProcessGroupNCCL.Options()
     options.is_high_priority_stream = True
+    options._timeout = LONGEST_WAIT  # noqa: SLF001  # torch warns where it differs from that of the group
     return options

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def environment() -> dict[str, str]:
     folders = os.pathsep.join(filter(None, [str(REPOSITORY), str(REPOSITORY / "Wan2.1"), theirs]))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "CUDA", "HYDRA"))}
     return {**kept, "PYTHONPATH": folders}
+
+
+def fits_one_screen(words: str) -> bool:
+    """Whether 24 lines of 120 columns show it whole."""
+    return sum(max(1, len(textwrap.wrap(line, 120))) for line in words.splitlines()) <= 24
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from wan21.errors import UsageError
 from wan21.events import Observer, Span
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
 from wan21.memory.streaming import StreamPlan, Unit, stream
-from wan21.parallel.sharding import fill_shares, own_parts, shard, share_bytes, share_table
+from wan21.parallel.table import own_rows, share_table
 from wan21.parallel.world import World
 from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
@@ -200,6 +200,8 @@ class Components:
             tables: submodules that look up.
             entrances: methods by which the module is used beside `forward`.
         """
+        from wan21.parallel.sharding import fill_shares, shard, share_bytes
+
         device, group = self._runtime.device, self._world.everyone
         self._share_tables(module, open_source, tables)
         others = [child for name, child in module.named_children() if name in once]
@@ -247,7 +249,7 @@ class Components:
         names, in_parts = list(blocks), all_in_parts(blocks.values())
         unit: Unit = "part" if by_parts else "block"
         plan = StreamPlan(in_parts, unit, int(self._options.resident_gib * GIB), num_shares=group.size)
-        own, elsewhere = own_parts(module), parameters_below(module, [*names, *aside])
+        own, elsewhere = own_rows(module), parameters_below(module, [*names, *aside])
         on_device = parameter_bytes(module) - total_bytes(elsewhere.values()) + plan.device_bytes
         with self._observer.span(Span(kind="component", name=name, expected_bytes=on_device)), open_source() as source:
 

@@ -54,11 +54,13 @@ def test_a_prompt_becomes_an_mp4(folder: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_the_script_runs_from_any_folder_without_being_installed(folder: Path, tmp_path: Path) -> None:
     flags = ["--ckpt_dir", str(folder), "--save_file", "out.mp4", "--load_strategy", "block"]
-    done = subprocess.run(
-        [sys.executable, "-I", str(SCRIPT), *QUICK, *flags], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-I", "-X", "importtime", str(SCRIPT), *QUICK, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.mp4").stat().st_size > 1000
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "wan21.components" in imported
+    assert "torch.distributed.fsdp" not in imported  # a process alone does not wait for what shards weights
 
 
 @pytest.mark.parametrize(

@@ -202,5 +202,5 @@ def test_ctrl_c_while_reading_ends_the_script_quietly(tmp_path: Path) -> None:
         file.flush()
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "interrupted\n")

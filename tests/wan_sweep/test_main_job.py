@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests.conftest import environment
+from tests.conftest import environment, fits_one_screen
 from wan_sweep.record import Record, load_records
 from wan_sweep.schema import text
 from wan_sweep.track.ledger import read_entry
@@ -45,8 +44,6 @@ METRICS = {
     *(f"time/{phase}_s" for phase in PHASES),
     *("time/first_step_s", "time/step_s", "time/total_s"),
 }
-
-SCREEN_LINES, SCREEN_COLUMNS = 24, 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,46 +241,14 @@ def test_the_parent_never_imports_torch(story: Story) -> None:
     assert [name for name in imported if name.partition(".")[0] == "torch"] == []
 
 
-def folded(words: str) -> list[str]:
-    """Lines as a terminal shows them."""
-    return [part for line in words.splitlines() for part in textwrap.wrap(line, SCREEN_COLUMNS) or [""]]
-
-
 def assert_refused(done: Done, folder: Path, *words: str) -> None:
     """A refusal says value, rule and way out on one screen; nothing was started."""
     shown = done.stdout + done.stderr
     assert done.code == 2, shown
     assert [word for word in words if word not in done.stderr] == [], shown
     assert "Traceback" not in shown
-    assert len(folded(shown)) <= SCREEN_LINES
+    assert fits_one_screen(shown)
     assert list(folder.glob("outputs*")) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "value", "rule", "way_out"),
-    [
-        ("precison=fp16", "precison", "there is no knob", "did you mean precision?"),
-        ("precision=fp8", "precision=fp8", "cannot be", "choose fp16, bf16 or fp32"),
-        ("model=t2v-1.3B size=100*100", "size=100*100", "is not a size of t2v-1.3B", "choose 480*832, 832*480"),
-        ("frame_num=80", "frame_num=80", "of the form 4n+1", "choose 77 or 81"),
-        (
-            "model=t2v-1.3B ulysses_size=5",
-            "ulysses_size=5",
-            "num_heads=12 of t2v-1.3B is not divisible",
-            "choose 1, 2, 3",
-        ),
-        (
-            "device=cpu t5_fsdp=true",
-            "t5_fsdp=true",
-            "shards weights over ranks, and there is one",
-            "choose ulysses_size",
-        ),
-        ("ckpt_dir=/nowhere", "ckpt_dir=/nowhere", "does not exist", "give the official checkpoint folder"),
-        ("-m ckpt_dir=/nowhere precision=fp16,bf16", "ckpt_dir=/nowhere", "does not exist", "give the official"),
-    ],
-)
-def test_a_refusal_fits_one_screen(tmp_path: Path, arguments: str, value: str, rule: str, way_out: str) -> None:
-    assert_refused(run(tmp_path, *arguments.split()), tmp_path, value, rule, way_out)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ QUICK = ("model=tiny", "device=cpu", "save_video=false")
 SMALL = ("size=96*64", "frame_num=1")
 LONG = "sample_steps=400"  # of 20 to 120 ms: never comes to its end
 NOWHERE = "http://127.0.0.1:9"
-UNREACHABLE_SECONDS = 15
 
 # On top of `import torch` a job of the largest size needs at least 0.23 GiB, in the end; until it decodes, 0.09 GiB.
 TOO_LITTLE_GIB = 0.13
@@ -47,7 +46,6 @@ class Started:
     """`python -m wan_sweep -m ...` on quick jobs, under way."""
 
     def __init__(self, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-        self.began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "wan_sweep", "-m", *QUICK, *arguments],
             cwd=folder,
@@ -138,50 +136,43 @@ def data_gib_of_torch(environment: dict[str, str]) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all data memory on Linux only")
-def test_a_job_out_of_memory_says_where_and_how_much_and_the_others_are_ok(
+def test_a_job_out_of_memory_says_where_and_how_much_and_the_next_one_is_ok(
     start: Start, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
     limit = data_gib_of_torch({**child_environment, "OMP_NUM_THREADS": "1"}) + TOO_LITTLE_GIB
     settings = ("size=256*160", "frame_num=5", "sample_steps=1", "track=false")
-    done = start(f"memory_limit_gib=null,{limit:.3f},8", *settings).done()
+    done = start(f"memory_limit_gib={limit:.3f},8", *settings).done()
     assert done.code == 0, done.stdout
-    records = load_records(sweeps(tmp_path)[0])
-    assert outcomes(records) == [(1, "ok"), (2, "oom"), (3, "ok")]
-    assert "decode" in records[1].reason
-    assert "MiB" in records[1].reason
-    assert records[1].failure is not None
-    assert records[1].failure["phase"] == "decode"
-    assert "you tried to allocate" in records[1].failure["message"]
-    assert records[1].metrics["memory/base/dit_bytes"] > 0
+    short, other = load_records(sweeps(tmp_path)[0])
+    assert (short.outcome, other.outcome) == ("oom", "ok")
+    assert "decode" in short.reason
+    assert "MiB" in short.reason
+    assert short.failure is not None
+    assert short.failure["phase"] == "decode"
+    assert "you tried to allocate" in short.failure["message"]
+    assert short.metrics["memory/base/dit_bytes"] > 0
     for place in (done.stdout, (sweeps(tmp_path)[0] / "results.csv").read_text()):
-        assert records[1].reason in place
+        assert short.reason in place
 
 
-def test_a_worker_that_is_killed_is_one_failed_row(start: Start, tmp_path: Path) -> None:
-    started = start(f"{LONG},1", *SMALL, "track=false")
+def test_a_worker_that_is_killed_or_hangs_is_one_row_with_its_place_and_the_next_job_runs(
+    start: Start, tmp_path: Path
+) -> None:
+    started = start(f"{LONG},401,1", *SMALL, "stall_timeout_s=10", "track=false")
     wait_for_denoising(tmp_path / "outputs", 1)
     started.worker().kill()
-    done = started.done()
-    assert done.code == 1
-    killed, other = load_records(sweeps(tmp_path)[0])
-    assert (killed.outcome, other.outcome) == ("failed", "ok")
-    assert killed.reason.startswith("killed by SIGKILL in denoise")
-    assert killed.failure is not None
-    assert killed.failure["exit_code"] == -signal.SIGKILL
-    assert killed.reason.partition(";")[0] in done.stdout
-    assert processes_in(tmp_path) == []
-
-
-def test_a_worker_that_hangs_is_stopped_with_its_place(start: Start, tmp_path: Path) -> None:
-    started = start(f"{LONG},1", *SMALL, "stall_timeout_s=5", "track=false")
-    wait_for_denoising(tmp_path / "outputs", 1)
+    wait_for_denoising(tmp_path / "outputs", 2)
     worker = started.worker()
     worker.suspend()
     done = started.done()
     assert done.code == 1
-    hung, other = load_records(sweeps(tmp_path)[0])
-    assert (hung.outcome, other.outcome) == ("timeout", "ok")
-    assert hung.reason.startswith("no event for 5 s in denoise")
+    killed, hung, other = load_records(sweeps(tmp_path)[0])
+    assert (killed.outcome, hung.outcome, other.outcome) == ("failed", "timeout", "ok")
+    assert killed.reason.startswith("killed by SIGKILL in denoise")
+    assert killed.failure is not None
+    assert killed.failure["exit_code"] == -signal.SIGKILL
+    assert killed.reason.partition(";")[0] in done.stdout
+    assert hung.reason.startswith("no event for 10 s in denoise")
     assert not worker.is_running()
     assert processes_in(tmp_path) == []
 
@@ -275,20 +266,14 @@ def client_of(database: Path) -> Any:
     return MlflowClient(tracking_uri=f"sqlite:///{database}")
 
 
-def test_an_mlflow_server_that_is_not_there_costs_seconds_and_no_result(
+def test_an_mlflow_server_that_is_not_there_costs_no_result(
     start: Start, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
-    settings = ("sample_steps=1", *SMALL, "resume=false")
-    without = start(*settings, "track=false")
-    assert without.done().code == 0
-    seconds_without = time.monotonic() - without.began
-    started = start(*settings, MLFLOW_TRACKING_URI=NOWHERE)
-    done = started.done()
-    assert time.monotonic() - started.began - seconds_without < UNREACHABLE_SECONDS
+    done = start("sample_steps=1", *SMALL, MLFLOW_TRACKING_URI=NOWHERE).done()
     assert done.code == 0
     assert NOWHERE in done.stderr
     assert "wan_sweep.track.sync" in done.stderr
-    sweep = sweeps(tmp_path)[1]
+    (sweep,) = sweeps(tmp_path)
     (record,) = load_records(sweep)
     assert record.outcome == "ok"
     job = sweep / record.name
@@ -309,17 +294,17 @@ def test_an_mlflow_server_that_is_not_there_costs_seconds_and_no_result(
 
 
 def test_two_sweeps_at_once_on_a_new_store_share_it_and_nothing_else(start: Start, tmp_path: Path) -> None:
-    both = [start("sample_steps=1,2", *SMALL, "resume=false") for _ in range(2)]
+    both = [start("sample_steps=1", *SMALL, "resume=false") for _ in range(2)]
     for started in both:
         done = started.done()
         assert (done.code, done.stderr) == (0, "")
     first, second = sweeps(tmp_path)
     for sweep in (first, second):
-        assert outcomes(load_records(sweep)) == [(1, "ok"), (2, "ok")]
+        assert outcomes(load_records(sweep)) == [(1, "ok")]
     client = client_of(tmp_path / "outputs" / "mlflow.db")
     experiment = client.get_experiment_by_name("wan-sweep")
     assert [one.name for one in client.search_experiments() if one.name != "Default"] == ["wan-sweep"]
     runs = client.search_runs([experiment.experiment_id])
     found = sorted((run.data.tags["sweep"], run.data.tags["role"]) for run in runs)
-    assert found == [(sweep.name, role) for sweep in (first, second) for role in ("job", "job", "sweep")]
+    assert found == [(sweep.name, role) for sweep in (first, second) for role in ("job", "sweep")]
     assert client.search_runs(["0"]) == []

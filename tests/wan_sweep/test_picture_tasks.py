@@ -59,16 +59,6 @@ def test_a_sweep_makes_videos_from_pictures_and_knows_them_again_elsewhere(wan_s
     assert (known.outcome, known.key) == ("skipped", stays.key)
 
 
-def test_without_pictures_the_example_stands_in_and_the_record_says_so(wan_sweep: Command, tmp_path: Path) -> None:
-    done = wan_sweep(*QUICK, "model=tiny-flf2v,tiny")
-    assert done.returncode == 0, done.stderr
-    ((frames, text),) = records(tmp_path)
-    assert [frames.outcome, text.outcome] == ["ok"] * 2
-    assert frames.sources == "first_frame the built-in example; last_frame the built-in example"
-    assert text.sources == ""
-    assert text.metrics["memory/base/vae_bytes"] < frames.metrics["memory/base/vae_bytes"]
-
-
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [

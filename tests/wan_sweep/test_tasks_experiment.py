@@ -28,3 +28,8 @@ def test_all_tiny_models_run_in_one_sweep_and_leave_a_video_or_an_image(wan_swee
             assert record.metrics[f"memory/peak/{phase}/allocated_bytes"] > 0
     report = (sweep / "report.md").read_text()
     assert all(name in report for name in TINY)
+    by_model = {record.knobs["model"]: record for record in records}
+    text, frames = by_model["tiny"], by_model["tiny-flf2v"]
+    assert text.sources == ""  # of tasks with pictures, and none given, the record says what stands in for them
+    assert frames.sources == "first_frame the built-in example; last_frame the built-in example"
+    assert text.metrics["memory/base/vae_bytes"] < frames.metrics["memory/base/vae_bytes"]

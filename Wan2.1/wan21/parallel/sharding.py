@@ -4,6 +4,8 @@ Sharded are the linear layers of each unit, which are all but some 0.1 % of it. 
 biases: small, and of another number format) every process keeps whole, so a unit has one format, and what is float32
 stays float32 to the bit. Weights are never cast.
 
+Import this only where weights are sharded: torch's FSDP takes a process longer to import than the rest of wan21.
+
 Reference: FSDP (arXiv 2304.11277), in its per-parameter form, `torch.distributed.fsdp.fully_shard`.
 """
 
@@ -19,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from wan21.errors import UsageError
-from wan21.parallel.table import SharedTable
+from wan21.parallel.table import own_rows
 from wan21.parallel.world import Group
 from wan21.parts import InParts
 
@@ -78,18 +80,6 @@ def _linear_weights(unit: nn.Module) -> Iterator[nn.Parameter]:
             yield from layer.parameters(recurse=False)
 
 
-def share_table(module: nn.Module, name: str, group: Group, device: torch.device) -> None:
-    """Puts a shared table in the place of the module's embedding of this name.
-
-    Raises:
-        TypeError: it is no embedding.
-    """
-    table = module.get_submodule(name)
-    if not isinstance(table, nn.Embedding):
-        raise TypeError(f"{name} is a {type(table).__name__}, and only an embedding is looked up row by row")
-    setattr(module, name, SharedTable(table, group, device))
-
-
 def share_bytes(module: nn.Module) -> int:
     """Bytes of this process's part of all parameters."""
     return sum(part.numel() * part.element_size() for part, _ in own_parts(module).values())
@@ -111,16 +101,11 @@ def fill_shares(module: nn.Module, write: WritePart, device: torch.device) -> No
 
 
 def own_parts(module: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
-    """By name, this process's part of each parameter, or all of it, and the number of its first element."""
-    found = {}
+    """Like `own_rows`, also of a module that `shard` has cut."""
+    found = own_rows(module)
     for name, parameter in module.named_parameters():
-        owner, _, _ = name.rpartition(".")
-        table = module.get_submodule(owner)
         if isinstance(parameter, DTensor):
             rows = parameter.shape[0]
             first_row = min(parameter.device_mesh.get_local_rank() * -(-rows // parameter.device_mesh.size()), rows)
             found[name] = (parameter.to_local(), first_row * math.prod(parameter.shape[1:]))
-        else:
-            first = table.first_row * parameter.shape[1] if isinstance(table, SharedTable) else 0
-            found[name] = (parameter.detach(), first)
     return found

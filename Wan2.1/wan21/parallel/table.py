@@ -1,4 +1,4 @@
-"""A table for looking up whose rows lie on several processes."""
+"""Tables for looking up whose rows lie on several processes."""
 
 import torch
 from torch import nn
@@ -35,3 +35,25 @@ class SharedTable(nn.Module):
         rows = self.weight[torch.where(is_here, places, 0)].masked_fill(~is_here.unsqueeze(-1), 0).to(self._device)
         add_up(self._group, rows)
         return rows
+
+
+def share_table(module: nn.Module, name: str, group: Group, device: torch.device) -> None:
+    """Puts a shared table in the place of the module's embedding of this name.
+
+    Raises:
+        TypeError: it is no embedding.
+    """
+    table = module.get_submodule(name)
+    if not isinstance(table, nn.Embedding):
+        raise TypeError(f"{name} is a {type(table).__name__}, and only an embedding is looked up row by row")
+    setattr(module, name, SharedTable(table, group, device))
+
+
+def own_rows(module: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
+    """By name, each parameter as far as it is this process's, and the number of its first element in the whole."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        table = module.get_submodule(name.rpartition(".")[0])
+        first = table.first_row * parameter.shape[1] if isinstance(table, SharedTable) else 0
+        found[name] = (parameter.detach(), first)
+    return found

@@ -243,6 +243,23 @@ def test_components_that_come_and_go_are_switches_with_bytes_and_seconds() -> No
     assert [line["residents"] for line in lines] == [{}, {"t5": 100}, {"t5": 100}, {}, {}, {"dit": 40}, {"dit": 40}, {}]
 
 
+def test_a_component_that_goes_with_the_pipeline_is_no_switch_and_stands_in_no_phase_after_it() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    with recorder.span(Span(kind="component", name="vae", expected_bytes=40)):
+        device.go(40)
+    with recorder.span(phase("decode")):
+        pass
+    device.go(0)
+    recorder.forget_components()
+    with recorder.span(phase("save")):
+        pass
+    assert [line["residents"] for line in lines if line["phase"] == "save"] == [{}, {}]
+    metrics = recorder.metrics()
+    assert metrics["memory/resident/decode/vae_bytes"] == 40
+    assert not any("switch" in name or "resident/save" in name for name in metrics)
+
+
 def test_without_a_release_there_is_no_switching_to_report() -> None:
     recorder = Recorder(Scripted(), Lines())
     with recorder.span(Span(kind="component", name="t5", expected_bytes=0)):

@@ -78,6 +78,10 @@ class Recorder:
         """Numbers that come once a step; bytes and seconds."""
         return self._tally.series()
 
+    def forget_components(self) -> None:
+        """Told once the pipeline is gone, which takes what it still held with it, without a release."""
+        self._tally.residents.clear()
+
     @contextmanager
     def span(self, span: Span) -> Iterator[None]:
         """Measures a span. An exception is noted with the innermost spans around it, and passes through.

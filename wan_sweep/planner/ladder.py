@@ -10,7 +10,13 @@ from itertools import product
 
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
-from wan_sweep.estimate.lower_bound import ITEM_BYTES, dit_block_numbers, lower_bounds, num_dit_blocks, text_block_numbers
+from wan_sweep.estimate.lower_bound import (
+    ITEM_BYTES,
+    dit_block_numbers,
+    lower_bounds,
+    num_dit_blocks,
+    text_block_numbers,
+)
 from wan_sweep.schema import KNOBS, Job, Scalar
 from wan_sweep.units import GIB
 

@@ -72,7 +72,7 @@ class TraceFile:
         if self._gzip is None:
             return
         try:
-            # Each part names the process, too, and which of several names counts depends on the viewer: so first and last.
+            # Each part names the process, too, and which name counts depends on the viewer: so first and last.
             self._write(self._gzip, b"," + self._title + self._foot)
             self.num_events += 1
             self._gzip.close()

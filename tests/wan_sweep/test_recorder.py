@@ -177,6 +177,28 @@ def test_a_failure_is_placed_and_the_numbers_until_then_are_kept() -> None:
     assert recorder.metrics()["memory/peak/allocated_bytes"] == 99
 
 
+def test_a_component_that_leaves_after_a_failure_does_not_make_it_undone() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    with recorder.span(Span(kind="component", name="dit", expected_bytes=4)):
+        device.go(4)
+
+    def fail() -> None:
+        try:
+            with recorder.span(phase("denoise")), recorder.span(step(1, total=9)):
+                raise MemoryError
+        finally:
+            with recorder.span(Span(kind="release", name="dit")):
+                device.go(0)
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert recorder.failed_at is not None
+    assert (recorder.failed_at["phase"], recorder.failed_at["step"]) == ("denoise", 1)
+    assert recorder.failed_at["resident_components_bytes"] == {"dit": 4}
+    assert lines[-1]["residents"] == {}
+
+
 def test_a_failure_that_is_dealt_with_inside_a_span_is_none() -> None:
     device = Scripted()
     recorder = Recorder(device, Lines())

@@ -86,7 +86,8 @@ class Recorder:
     def span(self, span: Span) -> Iterator[None]:
         """Measures a span. An exception is noted with the innermost spans around it, and passes through.
 
-        One that does not come as far as a span around it was dealt with in there, and the measuring goes on.
+        One that does not come as far as a span around it was dealt with in there, and the measuring goes on. That a
+        release ends well says nothing: components leave while the exception is on its way, too.
         """
         frame = self._begin(span)
         try:
@@ -95,7 +96,8 @@ class Recorder:
             self._note_failure()
             raise
         else:
-            self.failed_at = None
+            if span.kind != "release":
+                self.failed_at = None
         finally:
             self._end(frame)
 
@@ -119,7 +121,7 @@ class Recorder:
         reading = self._boundary(span)
         event = self._event("end", span, reading) | self._results(frame, reading.memory, seconds)
         self._open.remove(frame)
-        if self.failed_at is None:
+        if self.failed_at is None or span.kind == "release":
             self._tally.book(
                 Finished(
                     span=span,

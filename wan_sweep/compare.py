@@ -45,7 +45,7 @@ class References:
         has_outputs = (folder / FRAMES_FILE).exists() and (folder / LATENTS_FILE).exists()
         if reference is None:
             if not has_outputs:
-                return _without(record, "its output was not kept, as there was nothing to compare it with")
+                return _without(record, "the output was not kept, as there was nothing to compare it with")
             self._known.append(Reference(name=record.name, folder=folder, knobs=knobs))
             told = {"reference": record.name, "reference_folder": str(folder), "reason": "is the reference itself"}
             return replace(_without(record, ""), fidelity=told)
@@ -81,7 +81,7 @@ def _taken_over(record: Record, reference: Reference) -> Record:
     before = (record.fidelity or {}).get("reference_folder")
     if before and Path(before).exists() and Path(before).samefile(reference.folder):
         return replace(record, fidelity={**(record.fidelity or {}), "reference": reference.name})
-    return _without(record, f"its output was not kept, so it cannot be compared with that of {reference.name}")
+    return _without(record, f"the output was not kept, so it cannot be compared with that of {reference.name}")
 
 
 def _measure(folder: Path, reference: Path) -> tuple[dict[str, float], str]:

@@ -271,6 +271,7 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO, place: Pla
         try:
             stage, extension = stage.with_extended_prompt(recorder)
             generation = stage.generate(assets, recorder)
+            recorder.forget_components()
             if place.rank == 0:
                 save(stage, generation, recorder)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this job's outcome

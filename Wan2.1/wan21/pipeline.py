@@ -148,7 +148,10 @@ class TextToVideo:
 
     @contextmanager
     def _stay(self) -> Iterator[None]:
-        """With offload, what came for a phase leaves with it, also when the phase fails."""
+        """With offload, what came for a phase leaves with it, also when the phase fails.
+
+        So no local name may hold a component inside it: that would keep its bytes beyond the release.
+        """
         try:
             yield
         finally:
@@ -217,9 +220,11 @@ class TextToVideo:
                 with self._phase("load"):
                     self._vae = self._components.vae(encodes=True)
             with self._phase("encode_image"):
-                encode = partial(self._encode_pixels, self._vae.module)
                 # In the format in which the transformer's first layer takes it, step after step.
-                return encode_control(sources, encode, self._runtime.device).to(DTYPES[self._options.precision])
+                return self._control_of(self._vae, sources).to(DTYPES[self._options.precision])
+
+    def _control_of(self, vae: Component[Vae], sources: ControlSources) -> torch.Tensor:
+        return encode_control(sources, partial(self._encode_pixels, vae.module), self._runtime.device)
 
     def _encode_pixels(self, vae: Vae, pixels: Pixels, shape: tuple[int, int, int, int]) -> torch.Tensor:
         """Latents of B, T, H, W pixels, in tiles if there is a budget."""
@@ -346,16 +351,18 @@ class TextToVideo:
 
     def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each video as [T, H, W, 3], uint8, on the host of the first process; frames leave the device as they come."""
-        videos = []
         with self._stay():
             if self._vae is None:
                 with self._phase("load"):
                     self._vae = self._components.vae(encodes=False)
             with self._phase("decode"):
-                vae = self._vae.module
-                for index, latent in enumerate(latents):
-                    with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
-                        t, h, w = latent.shape[2:]
-                        plan = self._runtime.as_decoded(choose_plan(self._spec, self._options, (t, h, w)))
-                        videos.append(decode(vae, latent, plan, self._world, is_image=self._spec.is_image))
+                return self._frames(self._vae, latents)
+
+    def _frames(self, vae: Component[Vae], latents: list[torch.Tensor]) -> list[torch.Tensor]:
+        videos = []
+        for index, latent in enumerate(latents):
+            with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
+                t, h, w = latent.shape[2:]
+                plan = self._runtime.as_decoded(choose_plan(self._spec, self._options, (t, h, w)))
+                videos.append(decode(vae.module, latent, plan, self._world, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]

@@ -37,19 +37,24 @@ class Listener:
         self.heard: list[tuple[str, str]] = []
         self.expected: dict[str, list[int | None]] = {}
         self.peaks: dict[str, int] = {}
+        self.moved: list[tuple[str, int]] = []
+        """What a component's load or release changed in the device's bytes."""
 
     @contextmanager
     def span(self, span: Span) -> Iterator[None]:
         self.heard.append((span.kind, span.name))
         if span.kind == "component":
             self.expected.setdefault(span.name, []).append(span.expected_bytes)
+        before = 0
         if self.runtime is not None:
-            self.runtime.memory()
+            before = self.runtime.memory().allocated_bytes
             self.runtime.reset_memory_peaks()
         yield
         if self.runtime is not None:
-            peak = self.runtime.memory().allocated_peak_bytes
-            self.peaks[span.name] = max(peak, self.peaks.get(span.name, 0))
+            memory = self.runtime.memory()
+            self.peaks[span.name] = max(memory.allocated_peak_bytes, self.peaks.get(span.name, 0))
+            if span.kind in {"component", "release"}:
+                self.moved.append((span.name, memory.allocated_bytes - before))
 
     def told(self, *kinds: str) -> list[str]:
         return [name for kind, name in self.heard if kind in kinds]
@@ -192,6 +197,17 @@ def test_the_vae_brings_its_encoder_only_where_something_is_encoded() -> None:
     assert isinstance(decoder, int)
     assert 0.5 * whole < decoder < 0.7 * whole
     assert offloaded.expected["vae"] == [whole, decoder]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v", "tiny-vace"])
+def test_all_that_a_load_brings_has_left_when_its_release_ends(model: str) -> None:
+    runtime = CpuRuntime()
+    listener = Listener(runtime)
+    with runtime.counting():
+        generate(MODELS[model], request(MODELS[model], num_steps=1), observer=listener, runtime=runtime, offload=True)
+    loads, releases = listener.moved[::2], listener.moved[1::2]
+    assert [name for name, _ in loads][-1] == "vae"
+    assert releases == [(name, -num_bytes) for name, num_bytes in loads]
 
 
 def test_clip_leaves_the_device_before_the_vae_comes() -> None:

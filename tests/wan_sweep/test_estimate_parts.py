@@ -55,6 +55,12 @@ def test_a_step_of_two_videos_takes_twice_as_long_as_that_of_one() -> None:
     assert DitConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1).head_dim == 4
 
 
+def test_the_blocks_that_vace_adds_count_as_any_block() -> None:
+    vace = MODELS["vace-14B"]
+    plain, steered = (lower_bounds(spec, Options(), make_request(spec, seed=0), H100)["step"] for spec in (LARGE, vace))
+    assert steered == pytest.approx(plain * 48 / 40)
+
+
 class Kept:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []

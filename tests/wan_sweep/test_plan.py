@@ -207,3 +207,16 @@ def test_the_printed_plan_shows_each_job_and_each_reason(tmp_path: Path) -> None
         "    1   9           duplicate of 1",
         "job 2: refused: frame_num=80 is not of the form 4n+1, which the VAE needs; choose 77 or 81",
     ]
+
+
+def test_a_plan_that_is_too_wide_breaks_names_and_cuts_values_but_no_word_of_its_head(tmp_path: Path) -> None:
+    knobs: dict[str, Scalar] = {
+        "attention_slicing": True,
+        "load_strategy": "block",
+        "prompt": "A kite above the harbour " * 4,
+    }
+    console = Console(width=60, record=True, file=io.StringIO())
+    print_plan(planned([candidate(**knobs)], tmp_path), console)
+    shown = console.export_text()
+    assert "\u2026" not in shown
+    assert all(word in shown for word in ("attention_", "slicing", "strategy", "A kite above", "expected"))

@@ -177,6 +177,28 @@ def test_a_failure_is_placed_and_the_numbers_until_then_are_kept() -> None:
     assert recorder.metrics()["memory/peak/allocated_bytes"] == 99
 
 
+def test_a_component_that_leaves_after_a_failure_does_not_make_it_undone() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    with recorder.span(Span(kind="component", name="dit", expected_bytes=4)):
+        device.go(4)
+
+    def fail() -> None:
+        try:
+            with recorder.span(phase("denoise")), recorder.span(step(1, total=9)):
+                raise MemoryError
+        finally:
+            with recorder.span(Span(kind="release", name="dit")):
+                device.go(0)
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert recorder.failed_at is not None
+    assert (recorder.failed_at["phase"], recorder.failed_at["step"]) == ("denoise", 1)
+    assert recorder.failed_at["resident_components_bytes"] == {"dit": 4}
+    assert lines[-1]["residents"] == {}
+
+
 def test_a_failure_that_is_dealt_with_inside_a_span_is_none() -> None:
     device = Scripted()
     recorder = Recorder(device, Lines())
@@ -241,6 +263,23 @@ def test_components_that_come_and_go_are_switches_with_bytes_and_seconds() -> No
     assert metrics["time/switch_s"] > 0
     assert [line["moved_bytes"] for line in lines if line["event"] == "end"] == [100, 100, 40, 40]
     assert [line["residents"] for line in lines] == [{}, {"t5": 100}, {"t5": 100}, {}, {}, {"dit": 40}, {"dit": 40}, {}]
+
+
+def test_a_component_that_goes_with_the_pipeline_is_no_switch_and_stands_in_no_phase_after_it() -> None:
+    device, lines = Scripted(), Lines()
+    recorder = Recorder(device, lines)
+    with recorder.span(Span(kind="component", name="vae", expected_bytes=40)):
+        device.go(40)
+    with recorder.span(phase("decode")):
+        pass
+    device.go(0)
+    recorder.forget_components()
+    with recorder.span(phase("save")):
+        pass
+    assert [line["residents"] for line in lines if line["phase"] == "save"] == [{}, {}]
+    metrics = recorder.metrics()
+    assert metrics["memory/resident/decode/vae_bytes"] == 40
+    assert not any("switch" in name or "resident/save" in name for name in metrics)
 
 
 def test_without_a_release_there_is_no_switching_to_report() -> None:

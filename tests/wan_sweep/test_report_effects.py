@@ -49,6 +49,41 @@ def test_single_runs_are_told_apart_from_two_percent_on(tmp_path: Path) -> None:
     assert "step -2.5 % (1 pair" in sentence(slicing(tmp_path / "far", [1.0], [0.975], more=9))
 
 
+def test_single_runs_whose_own_steps_differ_by_more_are_not_told_apart(tmp_path: Path) -> None:
+    def swept(folder: Path, unrest: list[float]) -> str:
+        jobs = [
+            record(
+                index + 1,
+                {"attention_slicing": value},
+                metrics_of(base=TINY, activation=41 + 9 * index, step_s=step_s),
+                knobs={**KNOBS, "attention_slicing": value},
+                series={"step/seconds": [5.0, *steps]},
+            )
+            for index, (value, step_s, steps) in enumerate(((False, 1.0, [1.0, 1.0, 1.0]), (True, 1.2, unrest)))
+        ]
+        return sentence(sheet_of(folder, *jobs))
+
+    restless = swept(tmp_path / "restless", [0.9, 1.2, 1.5])
+    assert "step the same within the 50 % by which the steps of one run differ (+20.0 %)" in restless
+    assert "step +20.0 % (1 pair" in swept(tmp_path / "calm", [1.19, 1.2, 1.21])
+    # One slow step of many says nothing about their median.
+    assert "step +20.0 % (1 pair" in swept(tmp_path / "spike", [1.2] * 11 + [3.0])
+
+
+def test_pairs_that_disagree_are_counted_by_direction(tmp_path: Path) -> None:
+    seconds = {("fp16", False): 1.0, ("fp16", True): 1.5, ("bf16", False): 1.0, ("bf16", True): 0.8}
+    jobs = [
+        record(
+            number,
+            {"precision": precision, "attention_slicing": is_sliced},
+            metrics_of(base=TINY, activation=41 + 9 * is_sliced, step_s=step_s),
+        )
+        for number, ((precision, is_sliced), step_s) in enumerate(seconds.items(), start=1)
+    ]
+    sliced = effects(sheet_of(tmp_path, *jobs))[-1].sentence()
+    assert "step -20.0 to +50.0 %, slower in 1 and faster in 1 of 2 pairs (2 pairs" in sliced
+
+
 def test_repeats_tell_times_apart_only_if_they_do_not_overlap(tmp_path: Path) -> None:
     overlapping = slicing(tmp_path / "overlapping", [1.00, 1.10, 1.20], [0.90, 1.00, 1.05], more=9)
     apart = slicing(tmp_path / "apart", [1.00, 1.01, 1.02], [0.99, 0.99, 0.995], more=9)

@@ -40,6 +40,24 @@ def test_the_summary_reads_as_stored(sweep: Path) -> None:
     assert printed(sweep, 160) == (GOLDEN / "report_summary.txt").read_text("utf-8")
 
 
+def test_no_number_is_cut_where_long_names_and_words_meet_a_narrow_terminal(tmp_path: Path) -> None:
+    swept = {
+        "precision": "fp16",
+        "load_strategy": "block",
+        "attention_slicing": False,
+        "prompt": "A paper kite above the harbour",
+    }
+    jobs = [
+        record(1, swept, metrics_of(base={"dit": 2.0}, activation=81.4)),
+        record(2, {**swept, "prompt": "A boat"}, metrics_of(base={"dit": 2.0}, activation=91.4)),
+    ]
+    head, _, first, second = printed(write_sweep(tmp_path, *jobs), 80).split("\n\n")[0].splitlines()[-4:]
+    assert max(map(len, (head, first, second))) <= 80
+    assert "\u2026" not in head + first + second
+    assert first.split()[-2:] == ["120.0", "0.950"]
+    assert "A paper" in first
+
+
 def test_the_report_reads_as_stored(sweep: Path) -> None:
     assert (sweep / "report.md").read_text("utf-8") == (GOLDEN / "report.md").read_text("utf-8")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wan21.config import MODELS
+from wan21.config import MODELS, ModelSpec
 from wan_sweep.schema import KNOBS, Job, Scalar, asked_key, job_key, knobs_help, text
 
 
@@ -34,6 +34,21 @@ def test_every_model_has_a_preset(repository: Path) -> None:
     assert {"auto", *MODELS} == {path.stem for path in (repository / "conf" / "model").glob("*.yaml")}
     for path in (repository / "conf" / "model").glob("*.yaml"):
         assert {"model": path.stem} == yaml.safe_load(path.read_text())
+
+
+def defaults_line(spec: ModelSpec) -> str:
+    """What the file of a model says of its sizes and defaults."""
+    others = ", ".join(size for size in spec.sizes if size != spec.default_size)
+    low = "" if spec.shift_480p is None else f" ({spec.shift_480p:g} at 480p)"
+    return (
+        f"# Defaults: size={spec.default_size} (or {others}), frame_num={spec.default_frame_num}, "
+        f"sample_steps={spec.default_steps}, sample_shift={spec.default_shift:g}{low}."
+    )
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_the_file_of_each_model_tells_its_sizes_and_defaults(spec: ModelSpec, repository: Path) -> None:
+    assert defaults_line(spec) in (repository / "conf" / "model" / f"{spec.name}.yaml").read_text().splitlines()
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,16 @@ def test_each_rank_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, NAME.replace("0", "1")]
 
 
+def test_viewers_are_told_the_rank_before_and_after_the_profiler_calls_it_python(tmp_path: Path) -> None:
+    tracer = Tracer(CpuRuntime(), tmp_path)
+    with tracer.recording(), tracer.span(phase("encode_text")):
+        work(1)
+    events = read(tmp_path)
+    (pid,) = {event["pid"] for event in events if event["name"] == "phase:encode_text"}
+    told = [event["args"]["name"] for event in events if event["name"] == "process_name" and event["pid"] == pid]
+    assert (told[0], told[-1]) == ("rank 0", "rank 0")
+
+
 def test_a_run_with_fewer_steps_gives_what_it_has(tmp_path: Path) -> None:
     tracer = Tracer(CpuRuntime(), tmp_path)
     with tracer.recording():
@@ -245,7 +255,7 @@ def test_a_part_without_its_end_leaves_no_file_at_all(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
     whole.write_text('{"schemaVersion": 1, "traceEvents": [{"ph": "M"}], "traceName": "x"}')
     cut.write_text('{"schemaVersion": 1, "traceEvents": [{"ph": "M"}, {"ph"')
-    file = TraceFile(tmp_path / NAME, max_bytes=1000)
+    file = TraceFile(tmp_path / NAME, max_bytes=1000, title="rank 0")
     assert file.append(whole)
     with pytest.raises(OSError, match=r"cut\.json ends in the middle"):
         file.append(cut)
@@ -256,7 +266,7 @@ def test_a_part_without_its_end_leaves_no_file_at_all(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_do_not_spoil_the_file(tmp_path: Path) -> None:
     part = tmp_path / "part.json"
     part.write_bytes(b'{"traceEvents": [{"ph": "X", "name": "f\x9d\x0f \xc3\xa9"}], "traceName": "x"}')
-    file = TraceFile(tmp_path / NAME, max_bytes=1000)
+    file = TraceFile(tmp_path / NAME, max_bytes=1000, title="rank 0")
     file.append(part)
     file.close()
-    assert read(tmp_path) == [{"ph": "X", "name": "f \u00e9"}]
+    assert read(tmp_path)[1:-1] == [{"ph": "X", "name": "f \u00e9"}]

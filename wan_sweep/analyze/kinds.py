@@ -37,7 +37,7 @@ def analyze(path: Path, *, top: int = DEFAULT_TOP, on_read: OnRead = lambda _: N
         return _analyze_object(file.header, path, top)
     if collector.num_malformed == collector.num_events and not file.header:
         raise UnreadableFileError(
-            f"{path} is a JSON array of {collector.num_events:,} elements, and none of them is an event of a trace; "
+            f"{path} holds a JSON array of {collector.num_events:,} elements, and none of them is an event of a trace; "
             f"this tool reads {READS}"
         )
     return analyze_trace(collector, file, path, top)

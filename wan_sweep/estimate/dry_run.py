@@ -131,6 +131,7 @@ def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, s
         observer = together(Places(memory), recorder)
         try:
             generation = TextToVideo(spec, options, assets, runtime, observer).generate(request)
+            recorder.forget_components()
             with observer.span(Span(kind="phase", name="save")):
                 del generation
         except torch.OutOfMemoryError as caught:

@@ -23,11 +23,11 @@ KERNEL = 27
 def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card) -> dict[str, float]:
     """Seconds that a phase takes at the least, by its name; `step` is one denoising step."""
     forwards = 1 if request.guide_scale == 1 else 2
-    dit_bytes = dit_block_numbers(spec.dit) * spec.dit.num_layers * ITEM_BYTES[options.precision]
+    dit_bytes = dit_block_numbers(spec.dit) * num_dit_blocks(spec.dit) * ITEM_BYTES[options.precision]
     t5_bytes = text_block_numbers(spec.text) * spec.text.num_layers * ITEM_BYTES[options.t5_precision]
     videos_at_once = min(request.micro_batch_size, request.batch_size)
     num_groups = -(-request.batch_size // videos_at_once)
-    work = dit_operations(spec.dit, request.shape.num_tokens) * videos_at_once
+    work = dit_operations(spec.dit, request.denoised_shape.num_tokens) * videos_at_once
     rate = card.fp32_flops if options.precision == "fp32" else card.half_flops
     step = forwards * max(work / rate, _weights_seconds(dit_bytes, options, card))
     vae_rate = card.tf32_flops if options.vae_precision == "fp32" else card.half_flops
@@ -46,6 +46,11 @@ def _weights_seconds(num_bytes: int, options: Options, card: Card) -> float:
     return max(num_bytes / card.memory_bandwidth, streamed / card.link_bandwidth)
 
 
+def num_dit_blocks(dit: DitConfig) -> int:
+    """Transformer blocks of a forward; those of VACE are as large as the main ones."""
+    return dit.num_layers + (len(dit.vace.layers) if dit.vace else 0)
+
+
 def dit_block_numbers(dit: DitConfig) -> int:
     """Weights in the matrices of one transformer block: eight of attention, two of the feed-forward."""
     return 8 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim
@@ -57,10 +62,10 @@ def text_block_numbers(text: TextEncoderConfig) -> int:
 
 
 def dit_operations(dit: DitConfig, num_tokens: int) -> float:
-    """Operations of one forward on one video; keys and values of the prompt are left out."""
+    """Operations of one forward on one video; keys and values of the prompt and of pictures are left out."""
     linear = num_tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
     attention = 2 * num_tokens * (num_tokens + dit.text_len) * dit.dim
-    return float(OPERATIONS_PER_PRODUCT * dit.num_layers * (linear + attention))
+    return float(OPERATIONS_PER_PRODUCT * num_dit_blocks(dit) * (linear + attention))
 
 
 def decode_operations(vae: VaeConfig, latent: tuple[int, int, int]) -> float:

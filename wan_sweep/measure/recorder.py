@@ -78,11 +78,16 @@ class Recorder:
         """Numbers that come once a step; bytes and seconds."""
         return self._tally.series()
 
+    def forget_components(self) -> None:
+        """Told once the pipeline is gone, which takes what it still held with it, without a release."""
+        self._tally.residents.clear()
+
     @contextmanager
     def span(self, span: Span) -> Iterator[None]:
         """Measures a span. An exception is noted with the innermost spans around it, and passes through.
 
-        One that does not come as far as a span around it was dealt with in there, and the measuring goes on.
+        One that does not come as far as a span around it was dealt with in there, and the measuring goes on. That a
+        release ends well says nothing: components leave while the exception is on its way, too.
         """
         frame = self._begin(span)
         try:
@@ -91,7 +96,8 @@ class Recorder:
             self._note_failure()
             raise
         else:
-            self.failed_at = None
+            if span.kind != "release":
+                self.failed_at = None
         finally:
             self._end(frame)
 
@@ -115,7 +121,7 @@ class Recorder:
         reading = self._boundary(span)
         event = self._event("end", span, reading) | self._results(frame, reading.memory, seconds)
         self._open.remove(frame)
-        if self.failed_at is None:
+        if self.failed_at is None or span.kind == "release":
             self._tally.book(
                 Finished(
                     span=span,

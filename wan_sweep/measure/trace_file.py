@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import gzip
+import json
 import mmap
 import os
 import re
@@ -27,9 +28,10 @@ class TraceFile:
     Args:
         path: the file, ending in .gz.
         max_bytes: most that it may hold, uncompressed.
+        title: what viewers call the process; torch's profiler says "python" of every rank.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int) -> None:
+    def __init__(self, path: Path, *, max_bytes: int, title: str) -> None:
         self.path = path
         self.uncompressed_bytes = 0
         self.num_events = 0
@@ -37,11 +39,13 @@ class TraceFile:
         self._unfinished = path.with_name(f".{path.name}.part")
         self._gzip: gzip.GzipFile | None = None
         self._foot = b""
+        name = {"name": "process_name", "ph": "M", "pid": os.getpid(), "tid": 0, "args": {"name": title}}
+        self._title = json.dumps(name).encode()
 
     @property
     def room_bytes(self) -> int:
         """How much more it may take."""
-        return self._max_bytes - self.uncompressed_bytes
+        return self._max_bytes - self.uncompressed_bytes - 2 * len(self._title)
 
     def append(self, part: Path) -> bool:
         """Takes a part in; False, and nothing is taken, if that would make the file larger than it may be.
@@ -68,7 +72,9 @@ class TraceFile:
         if self._gzip is None:
             return
         try:
-            self._write(self._gzip, self._foot)
+            # Each part names the process, too, and which name counts depends on the viewer: so first and last.
+            self._write(self._gzip, b"," + self._title + self._foot)
+            self.num_events += 1
             self._gzip.close()
             with self._unfinished.open("rb") as file:
                 os.fsync(file.fileno())
@@ -86,9 +92,9 @@ class TraceFile:
             )
         if self._gzip is None:
             self._gzip = gzip.GzipFile(self._unfinished, "wb")
-            self._write(self._gzip, text[: head.end()])
-        else:
-            self._write(self._gzip, b",")
+            self._write(self._gzip, text[: head.end()] + self._title)
+            self.num_events += 1
+        self._write(self._gzip, b",")
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         for start in range(head.end(), end, _SLICE_BYTES):
             content = text[start : min(start + _SLICE_BYTES, end)].translate(None, _NO_TEXT)

@@ -89,7 +89,8 @@ class Tracer:
         self._runtime = runtime
         self._with_stack = with_stack
         self._max_bytes = max_bytes
-        self._file = TraceFile(folder / f"trace_rank{rank}.pt.trace.json.gz", max_bytes=max_bytes)
+        path = folder / f"trace_rank{rank}.pt.trace.json.gz"
+        self._file = TraceFile(path, max_bytes=max_bytes, title=f"rank {rank}")
         self._open: list[_OpenSpan] = []
         self._stretch: _Stretch | None = None
         self._active = range(FIRST_ACTIVE_STEP, self.num_steps)

@@ -10,7 +10,13 @@ from itertools import product
 
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
-from wan_sweep.estimate.lower_bound import ITEM_BYTES, dit_block_numbers, lower_bounds, text_block_numbers
+from wan_sweep.estimate.lower_bound import (
+    ITEM_BYTES,
+    dit_block_numbers,
+    lower_bounds,
+    num_dit_blocks,
+    text_block_numbers,
+)
 from wan_sweep.schema import KNOBS, Job, Scalar
 from wan_sweep.units import GIB
 
@@ -67,7 +73,7 @@ def ladders(job: Job, room_bytes: int) -> Ladders:
 
 def _denoise_rungs(job: Job, room_bytes: int) -> list[Knobs]:
     spec = build_spec(job)
-    dit_bytes = dit_block_numbers(spec.dit) * spec.dit.num_layers * ITEM_BYTES[job.precision]
+    dit_bytes = dit_block_numbers(spec.dit) * num_dit_blocks(spec.dit) * ITEM_BYTES[job.precision]
     text_bytes = text_block_numbers(spec.text) * spec.text.num_layers * ITEM_BYTES[job.t5_precision]
     text_bytes += spec.text.vocab_size * spec.text.dim * ITEM_BYTES[job.t5_precision]
     rungs: list[Knobs] = []

@@ -49,8 +49,8 @@ def _rule(sheet: Sheet, rows: Sequence[Row]) -> str:
         f"{verb} for this workload on {gpus}; on another card the time differs. A configuration fits if the most that "
         "its process held of the device, context and libraries included (process_used; else reserved + outside "
         "allocator), is at most the card's GiB of 2**30 bytes, with nothing kept in reserve. Fastest is the shortest "
-        f"total; times within {NOISE_PCT:g} % of each other, or within the spread of repeats, are equal, and then the "
-        "least memory wins."
+        f"total; times within {NOISE_PCT:g} % of each other, within what the steps of one run differ by, or within the "
+        "spread of repeats, are equal, and then the least memory wins."
     )
 
 

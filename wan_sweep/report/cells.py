@@ -57,8 +57,8 @@ def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
             rank=6,
         ),
         _seconds(sheet, step_title, sheet.step_metric),
-        _seconds(sheet, ("total", *at_least, "s"), sheet.total_metric),
-        _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED),
+        _seconds(sheet, ("total", *at_least, "s"), sheet.total_metric, rank=8),
+        _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED, rank=7),
         _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=5),
         *_fidelity(sheet, is_full=is_full),
     ]
@@ -130,11 +130,11 @@ def _memory(sheet: Sheet, title: tuple[str, str], read: Callable[[Row], Spread |
     return Column(title=title, cells=_cells(spreads, lambda value: format_mib(value, digits=digits)), rank=rank)
 
 
-def _seconds(sheet: Sheet, title: tuple[str, ...], metric: str) -> Column:
+def _seconds(sheet: Sheet, title: tuple[str, ...], metric: str, *, rank: int = 9) -> Column:
     spreads = [row.spread(metric) for row in sheet.rows]
     largest = max((spread.high for spread in spreads if spread), default=0.0)
     digits = 3 if largest < 10 else 2 if largest < 100 else 1
-    return Column(title=title, cells=_cells(spreads, lambda value: f"{value:.{digits}f}"))
+    return Column(title=title, cells=_cells(spreads, lambda value: f"{value:.{digits}f}"), rank=rank)
 
 
 def _cells(spreads: Sequence[Spread | None], show: Callable[[float], str]) -> tuple[str, ...]:

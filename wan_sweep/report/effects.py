@@ -71,6 +71,9 @@ class Effect:
             seen = ", ".join(words for words in (middle if middle != "unchanged" else "", spread) if words)
             return f"step the same within {noise}" + (f" ({seen})" if seen else "")
         words = f"step {middle}" + (f" ({spread})" if spread else "")
+        num_slower = sum(step.is_clear and step.pct > 0 for step in self.steps)
+        if 0 < num_slower < num_clear:
+            return f"{words}, slower in {num_slower} and faster in {num_clear - num_slower} of {len(self.steps)} pairs"
         is_mixed = num_clear < len(self.steps)
         return f"{words}, more than noise in {num_clear} of {len(self.steps)} pairs" if is_mixed else words
 

@@ -7,7 +7,7 @@ from wan_sweep.record import Record
 from wan_sweep.report.advice import TITLE as ADVICE_TITLE
 from wan_sweep.report.advice import advice
 from wan_sweep.report.bottleneck import bottlenecks, oom_contents
-from wan_sweep.report.change import NOISE_PCT, change_of, differ
+from wan_sweep.report.change import change_of, differ, noise_pct, noise_words
 from wan_sweep.report.effects import effects
 from wan_sweep.report.estimates import FITS_TITLE, SURE_TITLE, certainty, fits
 from wan_sweep.report.fidelity import fidelity
@@ -82,11 +82,13 @@ def headline(sheet: Sheet) -> list[str]:
     shortest = _best(measured, TOTAL_SECONDS, differ)
     if shortest:
         total = f"{format_seconds(shortest[0].value(TOTAL_SECONDS) or 0)} in total"
-        lines.append(f"Shortest: {job_list(shortest[:1])}, {total}{_ties(shortest, _noise(shortest))}.")
+        lines.append(f"Shortest: {job_list(shortest[:1])}, {total}{_ties(shortest, _noise(shortest, TOTAL_SECONDS))}.")
     fastest = _best(measured, sheet.step_metric, differ)
     if fastest and fastest != shortest:
         step = f"{format_seconds(fastest[0].value(sheet.step_metric) or 0)} a step"
-        lines.append(f"Fastest step: {job_list(fastest[:1])}, {step}{_ties(fastest, _noise(fastest))}.")
+        lines.append(
+            f"Fastest step: {job_list(fastest[:1])}, {step}{_ties(fastest, _noise(fastest, sheet.step_metric))}."
+        )
     return lines
 
 
@@ -220,9 +222,10 @@ def _are_peaks_apart(new: Spread, old: Spread) -> bool:
     return new.middle > old.middle * (1 + _MEMORY_TIE_PCT / 100)
 
 
-def _noise(rows: list[Row]) -> str:
-    has_repeats = any(len(row.measured) > 1 for row in rows)
-    return "as fast within the spread of repeats" if has_repeats else f"within {NOISE_PCT:g} %"
+def _noise(rows: list[Row], metric: str) -> str:
+    if any(len(row.measured) > 1 for row in rows):
+        return "as fast within the spread of repeats"
+    return f"within {noise_words(noise_pct(*(spread for row in rows if (spread := row.spread(metric)))))}"
 
 
 def _ties(rows: list[Row], how: str) -> str:

@@ -41,12 +41,16 @@ def phase_peak(phase: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Middle, smallest and largest of a metric over so many repeats; bytes or seconds, as the metric is."""
+    """Middle, smallest and largest of a metric over so many repeats; bytes or seconds, as the metric is.
+
+    unrest_pct: of the times of a single run: by how much its steps differ among themselves.
+    """
 
     middle: float
     low: float
     high: float
     num: int = 1
+    unrest_pct: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,16 @@ class Row:
     def spread(self, metric: str) -> Spread | None:
         """Return a metric over the measured repeats; None where none has it."""
         values = [float(record.metrics[metric]) for record in self.measured if metric in record.metrics]
-        return Spread(middle=median(values), low=min(values), high=max(values), num=len(values)) if values else None
+        if not values:
+            return None
+        is_single_time = len(values) == 1 and metric.startswith("time/")
+        return Spread(
+            middle=median(values),
+            low=min(values),
+            high=max(values),
+            num=len(values),
+            unrest_pct=_unrest_pct(self.measured[0].series.get("step/seconds", [])) if is_single_time else 0.0,
+        )
 
     def value(self, metric: str) -> float | None:
         """Return the middle of a metric over the measured repeats."""
@@ -297,6 +310,17 @@ def shortened(words: str, width: int = 48) -> str:
 def word_list(words: Sequence[str]) -> str:
     """Return "a", "a and b" or "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def _unrest_pct(steps: Sequence[float]) -> float:
+    """Return the range of the times of the steps after the first, in percent of their median.
+
+    Steps do the same work. Of many a tenth is left out at each end, since a single slow one moves no median.
+    """
+    ordered = sorted(steps[1:])
+    ends = len(ordered) // 10
+    middle = ordered[ends : len(ordered) - ends]
+    return 100 * (middle[-1] - middle[0]) / median(middle) if len(middle) > 1 else 0.0
 
 
 def _is_complete(record: Record) -> bool:

@@ -1,11 +1,12 @@
 """The table on a terminal, and the findings under it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_sweep.report.cells import Column, columns_of
 from wan_sweep.report.findings import sections
-from wan_sweep.report.sheet import Sheet
+from wan_sweep.report.sheet import Sheet, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,7 @@ _STYLES = {"ok": "green", "skipped": "cyan", "refused": "yellow", "oom": "magent
 _STYLES |= {"fits": "green", "does not fit": "magenta"}
 _GAP = 2
 _MOST_LINES = 8
+CELL_WIDTHS = (32, 24, 16, 12)
 
 
 def mode_title(sheet: Sheet) -> str:
@@ -53,14 +55,33 @@ def _print_part(sheet: Sheet, console: "Console") -> None:
             console.print(Text(f"  and {len(section.lines) - len(lines)} more in report.md"))
 
 
+def broken(name: str) -> str:
+    """Return a name over several lines, broken behind each underscore."""
+    return name.replace("_", "_\n")
+
+
 def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
-    shown = list(columns)
-    while sum(column.width + _GAP for column in shown) > width:
+    """Return the columns as they fit: names broken, then the least important ones left out, then long words cut."""
+    if _width(columns) <= width:
+        return list(columns)
+    shown = [replace(column, title=tuple(broken("\n".join(column.title)).split("\n"))) for column in columns]
+    while _width(shown) > width:
         least = min(shown, key=lambda column: column.rank)
         if least.rank == max(column.rank for column in shown):
             break
         shown.remove(least)
+    for most in CELL_WIDTHS:
+        if _width(shown) <= width:
+            break
+        shown = [
+            column if column.is_number else replace(column, cells=tuple(shortened(cell, most) for cell in column.cells))
+            for column in shown
+        ]
     return shown
+
+
+def _width(columns: Sequence[Column]) -> int:
+    return sum(column.width + _GAP for column in columns) - _GAP
 
 
 def _table(columns: Sequence[Column]) -> "Table":

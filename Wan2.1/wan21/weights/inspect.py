@@ -103,7 +103,8 @@ def _require_files(folder: Path, pth_names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the DiT's files, when they and all others are there."""
     if not folder.is_dir():
         raise CheckpointError(
-            f"ckpt_dir={folder} is not a folder; give the folder of a downloaded checkpoint, or none for random weights"
+            f"ckpt_dir={folder} is not a folder; give the folder of a downloaded checkpoint, or for random weights "
+            "ckpt_dir=null in a sweep and --ckpt_dir random in generate.py"
         )
     shard_names: tuple[str, ...] = (DIT_FILE,)
     if (folder / DIT_INDEX_FILE).exists():

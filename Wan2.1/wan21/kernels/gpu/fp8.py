@@ -10,7 +10,10 @@ from torch import Tensor
 from triton import language as tl
 
 from wan21.kernels.fp8 import FP8, LARGEST, SMALLEST_PEAK
-from wan21.kernels.gpu.tokens import ROWS_PER_PROGRAM, _batch_stride, _grid, _launch
+from wan21.kernels.gpu.tokens import _batch_stride, _programs
+
+ROWS_PER_PROGRAM = 8
+"""Enough that what rows share costs little, few enough that a chunk of 2048 rows fills the chip."""
 
 _SIZES = ("num_rows", "rows_of_one", "x_batch", "scale_batch", "shift_batch")
 """Not looked at when compiling: one kernel for chunks of every length, so none is compiled within a run."""
@@ -135,11 +138,12 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, norm_dtype: to
     """`fp8.modulate` on CUDA."""
     values, row_scale = _results(x)
     scale, shift = scale.contiguous(), shift.contiguous()
-    grid, rows_of_one = _grid(x)
-    _modulate[grid](
+    programs, rows_of_one = _programs(x, ROWS_PER_PROGRAM)
+    block = triton.next_power_of_2(x.shape[2])
+    _modulate[(programs,)](
         x, scale, shift, values, row_scale, x.shape[1], rows_of_one, x.shape[2], x.stride(0), x.stride(1),
         _batch_stride(scale), _batch_stride(shift), eps, rounds_to=_ROUNDED[norm_dtype], **_LIMITS,
-        **_launch(x.shape[2]),
+        block=block, rows=ROWS_PER_PROGRAM, num_warps=8 if block > 4096 else 4,
     )  # fmt: skip
     return values, row_scale
 
@@ -158,7 +162,7 @@ def quantize_rows(x: Tensor, *, has_gelu: bool) -> tuple[Tensor, Tensor]:
 def affine(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     """The operator `affine_fp8` on CUDA."""
     out = torch.empty(x.shape, dtype=FP8, device=x.device)
-    (programs,), rows_of_one = _grid(x)
+    programs, rows_of_one = _programs(x, ROWS_PER_PROGRAM)
     block = min(triton.next_power_of_2(x.shape[2]), PARTS)
     _affine[(programs, triton.cdiv(x.shape[2], block))](
         x, factor, summand, out, x.shape[1], rows_of_one, x.shape[2], x.stride(0), x.stride(1), _batch_stride(factor),

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-QUERIES = 128
-KEYS = 64
-"""Of a block; a prompt of up to 63 tokens and its padding are one."""
+QUERIES = 64
+KEYS = 32
+"""Of a block; small ones, so that many are under way at a time (measured on an H200, docs/log.md)."""
 
 _SIZES = ("num_queries", "num_keys", "raised")
 """Not looked at when compiling: one kernel for prompts and chunks of every length."""
@@ -72,12 +72,10 @@ def attend_counted(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
     """`tokens.attend_counted` on CUDA; float32 products keep float32."""
     batch_size, num_queries, num_heads, head_width = q.shape
     out = torch.empty((batch_size, num_queries, num_heads * head_width), dtype=q.dtype, device=q.device)
-    is_short = q.dtype.itemsize == 2
-    queries = QUERIES if is_short else QUERIES // 2
-    _attend[(triton.cdiv(num_queries, queries), batch_size * num_heads)](
+    _attend[(triton.cdiv(num_queries, QUERIES), batch_size * num_heads)](
         q.contiguous(), k.contiguous(), v.contiguous(), out, num_queries, k.shape[1],
         math.log2(repeats), math.log2(math.e) / math.sqrt(head_width), num_heads=num_heads, head_width=head_width,
-        width=max(16, triton.next_power_of_2(head_width)), queries=queries, keys=KEYS if is_short else KEYS // 2,
-        precision="tf32" if is_short else "ieee", num_warps=8 if is_short else 4,
+        width=max(16, triton.next_power_of_2(head_width)), queries=QUERIES, keys=KEYS,
+        precision="tf32" if q.dtype.itemsize == 2 else "ieee", num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

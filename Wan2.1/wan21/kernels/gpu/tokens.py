@@ -1,7 +1,10 @@
 """The kernels of `wan21.kernels.tokens`.
 
-A program takes several rows, one after the other, and keeps what they share (scale, shift, weight, gate) in registers:
-read again for each row it would be twice the row's own bytes. A row is a vector of the next power of two.
+A norm takes a row a program, in parts of a power of two that divides it: it goes over the parts several times, and all
+but the first time they come from the cache. So no lane is idle, and many rows are under way at a time. An addition
+takes a few rows, one after the other, each a vector of the next power of two.
+
+How many rows and warps each takes was measured on an H200 (docs/log.md).
 """
 
 import torch
@@ -9,20 +12,19 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-ROWS_PER_PROGRAM = 8
-"""Enough that what rows share costs little, few enough that a chunk of 2048 rows fills the chip."""
-
-
 LARGEST_PART = 1024
-"""Elements of a row that a program has at once: eight for each thread of four warps."""
+"""Elements of a row that a program has at once."""
+
+PART_OF_A_NORM = 512
+"""The same of a layer norm, which keeps its sums for every element."""
 
 _SIZES = ("num_rows", "rows_of_one", "x_batch", "scale_batch", "shift_batch", "out_batch", "gate_batch")
 """Not looked at when compiling: one kernel for chunks of every length, so none is compiled within a run."""
 
 
-def _launch(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"block": block, "rows": ROWS_PER_PROGRAM, "num_warps": 8 if block > 4096 else 4}
+def _largest_part(width: int, most: int) -> int:
+    """A power of two that divides the width."""
+    return min(width & -width, most)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -31,36 +33,39 @@ def _modulate(
     scale,
     shift,
     out,
-    num_rows,
     rows_of_one,
-    width,
     x_batch,
     x_row,
     scale_batch,
     shift_batch,
     eps,
-    block: tl.constexpr,
-    rows: tl.constexpr,
+    width: tl.constexpr,
+    part: tl.constexpr,
     rounds: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * rows
-    batch = first // rows_of_one  # a program's rows are of one video: `rows_of_one` is a multiple of rows, or the last
-    cols = tl.arange(0, block)
-    mask = cols < width
-    factor = tl.load(scale + batch * scale_batch + cols, mask=mask, other=0.0)
-    summand = tl.load(shift + batch * shift_batch + cols, mask=mask, other=0.0)
-    for offset in range(rows):
-        inside = first - batch * rows_of_one + offset
-        is_there = mask & (inside < num_rows)
-        row = tl.load(x + batch * x_batch + inside * x_row + cols, mask=is_there, other=0.0)
-        mean = tl.sum(row, axis=0) / width
-        centred = tl.where(mask, row - mean, 0.0)
-        variance = tl.sum(centred * centred, axis=0) / width
-        normed = centred * tl.rsqrt(variance + eps)
+    """A row a program, in parts: three times over it, twice from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // rows_of_one
+    x += batch * x_batch + (row - batch * rows_of_one) * x_row
+    out += row * width
+    scale += batch * scale_batch
+    shift += batch * shift_batch
+    cols = tl.arange(0, part)
+    sums = tl.zeros((part,), dtype=tl.float32)
+    for start in tl.static_range(0, width, part):
+        sums += tl.load(x + start + cols)
+    mean = tl.sum(sums, axis=0) / width
+    squares = tl.zeros((part,), dtype=tl.float32)
+    for start in tl.static_range(0, width, part):
+        centred = tl.load(x + start + cols) - mean
+        squares += centred * centred
+    factor = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
+    for start in tl.static_range(0, width, part):
+        normed = (tl.load(x + start + cols) - mean) * factor
         if rounds:
             normed = normed.to(out.dtype.element_ty).to(tl.float32)
-        result = normed * factor + summand
-        tl.store(out + (batch * num_rows + inside) * width + cols, result.to(out.dtype.element_ty), mask=is_there)
+        result = normed * tl.load(scale + start + cols) + tl.load(shift + start + cols)
+        tl.store(out + start + cols, result.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -134,10 +139,10 @@ def _add_gated(
         tl.store(place, tl.load(place, mask=is_there, other=0.0) + addend * factor, mask=is_there)
 
 
-def _grid(x: Tensor) -> tuple[tuple[int], int]:
-    """The number of programs, and the rows of one video rounded up to whole programs."""
-    rows_of_one = triton.cdiv(x.shape[1], ROWS_PER_PROGRAM) * ROWS_PER_PROGRAM
-    return (x.shape[0] * rows_of_one // ROWS_PER_PROGRAM,), rows_of_one
+def _programs(x: Tensor, rows: int) -> tuple[int, int]:
+    """How many programs of so many rows each take all, and the rows of one video rounded up to whole programs."""
+    rows_of_one = triton.cdiv(x.shape[1], rows) * rows
+    return x.shape[0] * rows_of_one // rows, rows_of_one
 
 
 def _batch_stride(x: Tensor) -> int:
@@ -149,12 +154,13 @@ def modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, norm_dtype: torch.dtype
 ) -> Tensor:
     """`tokens.modulate` on CUDA."""
+    batch_size, num_rows, width = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale, shift = scale.contiguous(), shift.contiguous()
-    grid, rows_of_one = _grid(x)
-    _modulate[grid](
-        x, scale, shift, out, x.shape[1], rows_of_one, x.shape[2], x.stride(0), x.stride(1), _batch_stride(scale),
-        _batch_stride(shift), eps, rounds=norm_dtype != torch.float32, **_launch(x.shape[2]),
+    part = _largest_part(width, PART_OF_A_NORM)
+    _modulate[(batch_size * num_rows,)](
+        x, scale, shift, out, num_rows, x.stride(0), x.stride(1), _batch_stride(scale), _batch_stride(shift), eps,
+        width=width, part=part, rounds=norm_dtype != torch.float32, num_warps=max(1, part // 128),
     )  # fmt: skip
     return out
 
@@ -162,19 +168,21 @@ def modulate(
 def rms_heads_(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> None:
     """`tokens.rms_heads_` on CUDA."""
     batch_size, num_rows, width = x.shape
-    part = min(width & -width, LARGEST_PART)  # a power of two that divides the width
+    part = _largest_part(width, LARGEST_PART)
     _rms_heads[(batch_size * num_rows,)](
         out, x, weight, x if turns is None else turns, num_rows, out.stride(0), out.stride(1), out.stride(2),
         out.shape[4], eps, width=width, member_width=out.shape[3] * out.shape[4], part=part,
-        is_turned=turns is not None, num_warps=max(1, part // 256),
+        is_turned=turns is not None, num_warps=part // 256 if part > 512 else 1,
     )  # fmt: skip
 
 
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
     """`tokens.add_gated_` on CUDA."""
-    grid, rows_of_one = _grid(x)
+    block = triton.next_power_of_2(x.shape[2])
+    rows = 8 if block > 2048 else 2
+    programs, rows_of_one = _programs(x, rows)
     factor = x if gate is None else gate.contiguous()
-    _add_gated[grid](
+    _add_gated[(programs,)](
         x, branch, factor, x.shape[1], rows_of_one, x.shape[2], x.stride(0), x.stride(1), _batch_stride(factor),
-        is_gated=gate is not None, **_launch(x.shape[2]),
+        is_gated=gate is not None, block=block, rows=rows, num_warps=8 if block > 4096 else 4,
     )  # fmt: skip

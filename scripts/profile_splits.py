@@ -6,7 +6,7 @@ too small to fill a GPU, in copies, or because the host cannot start kernels fas
 How: torchrun --standalone --nproc-per-node=2 scripts/profile_splits.py      (t2v-1.3B: under a minute on two H100)
      torchrun --standalone --nproc-per-node=2 scripts/profile_splits.py --model t2v-14B --size '1280*720'
      torchrun --standalone --nproc-per-node=2 scripts/profile_splits.py --rows 131072 1024 --splits ulysses2
-     python scripts/profile_splits.py --attention --model t2v-14B --size '1280*720'       (kernels of a ring's size alone)
+     python scripts/profile_splits.py --attention --model t2v-14B --size '1280*720' (a ring's kernels alone)
 All ranks run each split that has as many ranks as there are processes, and the first runs one GPU by itself. Weights
 are random. Of each split: the median of some forwards, timed with nothing else on (of cfg2 half a step, exchange
 included); then one forward under torch's profiler on the first rank. The last line is JSON.
@@ -30,6 +30,7 @@ from wan_sweep.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     import torch
 
+    from wan21.dit.context import Context
     from wan21.runtime import Runtime
 
 SPLITS = {
@@ -47,11 +48,15 @@ SPLITS = {
 
 KINDS = {  # by what a kernel's name contains, the first that fits
     "messages": ("nccl",),
+    "prompt": ("_attend",),
     "attention": ("sdpa", "flash", "fmha", "attention"),
     "products": ("gemm", "cutlass", "cublas", "nvjet", "xmma"),
-    "ours": ("_modulate", "_rms_heads", "_add_gated", "_gelu"),
+    "ours": ("_modulate", "_rms_heads", "_add_gated", "_join"),
     "copies": ("memcpy", "copy", "cat"),
 }
+PROMPT_TOKENS = 100
+"""About as many as the official prompts have."""
+
 GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 Interval = tuple[float, float]
@@ -133,10 +138,12 @@ class Bench:
         turns = tokens.own(dit.module.rotations(shape.grid, runtime.device), 0)
         plan = ForwardPlan(most_rows=choose_rows(rows, config.ffn_dim * DTYPES["bf16"].itemsize), tokens=tokens)
         latents = torch.randn((1, config.out_dim, *shape.latent), generator=runtime.generator(0), device=runtime.device)
-        context = dit.module.embed_text([torch.ones(config.text_len, config.text_dim, device=runtime.device)])
+        context = dit.module.embed_text(
+            [torch.ones(min(PROMPT_TOKENS, config.text_len), config.text_dim, device=runtime.device)]
+        )
         self.time = dit.module.embed_time(500.0, runtime.device)
 
-        def velocity(context: "torch.Tensor") -> "torch.Tensor":
+        def velocity(context: "Context") -> "torch.Tensor":
             velocity: torch.Tensor = dit.module(latents, self.time, context, turns=turns, plan=plan)
             return velocity
 

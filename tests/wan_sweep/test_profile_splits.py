@@ -33,6 +33,7 @@ def test_messages_count_as_exposed_only_where_nothing_else_runs(script: ModuleTy
             "idle_s": 1,
             "num_kernels": 5,
             "messages_s": 4.5,
+            "prompt_s": 0,
             "attention_s": 2,
             "products_s": 4,
             "ours_s": 0,

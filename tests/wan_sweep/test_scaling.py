@@ -109,6 +109,7 @@ def test_a_row_tells_speed_up_and_every_rank_apart(table: ModuleType, tmp_path: 
     assert two["latents relative L2"] == "3.00e-03"
     assert four["in collectives"] == "20.0 % (4.0 % alone)"
     assert four["peak GiB"] == "4.00"
+    assert (four["process GiB"], four["pinned GiB"]) == ("-", "0.00")
 
 
 def test_what_was_taken_over_counts_once_and_a_second_run_is_compared_bit_by_bit(
@@ -148,6 +149,7 @@ def test_refusals_and_estimates_stand_in_the_table(table: ModuleType, tmp_path: 
     page = table.page([sweep])
     measured, refused = rows(page, "# The scaling table")
     assert measured["estimated peak GiB"] == "9.00"
+    assert "| peak GiB | estimated peak GiB | reserved GiB |" in " ".join(page.split())
     assert (refused["outcome"], refused["step s"], refused["estimated peak GiB"]) == ("refused", "-", "-")
     assert ", U5: refused: 5 of 12" in page
     with pytest.raises(RecordError, match="no records"):

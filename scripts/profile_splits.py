@@ -134,7 +134,7 @@ class Bench:
         components = Components(spec, options, open_assets(spec, options, runtime).weights, runtime, SILENT, world)
         dit, config = components.dit(), spec.dit
         shape = make_request(spec, seed=0, size=flags.size, frame_num=flags.frame_num).shape
-        tokens = shared_tokens(shape.num_tokens, world, options.attention_kernel)
+        tokens = shared_tokens(shape.num_tokens, world, options.attention_kernel, is_fused=kernels == "fused")
         turns = tokens.own(dit.module.rotations(shape.grid, runtime.device), 0)
         plan = ForwardPlan(most_rows=choose_rows(rows, config.ffn_dim * DTYPES["bf16"].itemsize), tokens=tokens)
         latents = torch.randn((1, config.out_dim, *shape.latent), generator=runtime.generator(0), device=runtime.device)
@@ -204,14 +204,13 @@ def measure_splits(flags: argparse.Namespace) -> dict[str, Any]:
 
     import torch.distributed as dist
 
-    from wan21.parallel.world import local_device
+    from wan21.parallel.world import connect, local_device
     from wan21.runtime import make_runtime
 
     runtime = make_runtime(local_device(flags.device))
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:  # one group for all layouts, which `connect` then uses
-        is_cuda = runtime.device.type == "cuda"
-        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=runtime.device if is_cuda else None)
+    if size > 1:
+        connect(Layout(ring=size), runtime)  # makes torch's group, which all layouts then use
     runtime.warm_up()
     results: dict[str, Any] = {}
     alone_s = None

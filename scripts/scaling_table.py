@@ -57,7 +57,8 @@ PACKED = ("*.json", "*.csv", "*.md", "*/record.json", "*/config.yaml", "*/log*.t
 
 NOTES = """\
 - U ranks share heads (Ulysses), R pass keys and values around (Ring), cfg2 is one group for each pass of guidance.
-  FSDP shards DiT and T5 over the devices; streamed is load_strategy=part, sharded over the hosts.
+  FSDP shards DiT and T5 over the devices; streamed is load_strategy=part, sharded over the hosts; with tiles
+  it is optimization=lowest_memory, where components also leave the device when their phase ends.
 - A step is the median, the first left out; of several runs the middle one. A forward is half a step, since guidance
   takes two; with cfg2 both run at the same time, and half a step is what a forward costs all the same.
 - Speed-up: seconds of a step on one GPU, everything resident, over those of the split.
@@ -107,6 +108,8 @@ class Split:
         sharded = [name for name, is_on in (("DiT", job.dit_fsdp), ("T5", job.t5_fsdp)) if is_on]
         more = [f"FSDP of {' and '.join(sharded)}"] if sharded else []
         more += ["streamed"] if self.is_streamed else []
+        more += ["tiles"] if job.vae_budget_gib is not None else []
+        more += ["residual on host"] if job.residual_on_host else []
         return " + ".join([" x ".join(words) or "one GPU", *more])
 
     @property

@@ -28,14 +28,24 @@ from wan_sweep.report.cells import Column
 from wan_sweep.report.facts import facts
 from wan_sweep.report.fidelity import IS_EQUAL, PSNR, are_repeats_equal
 from wan_sweep.report.markdown import table
-from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, STEP_SECONDS, Sheet, group, read_records
+from wan_sweep.report.sheet import (
+    PEAK_ALLOCATED,
+    PEAK_RESERVED,
+    PROCESS_USED,
+    STEP_SECONDS,
+    Sheet,
+    group,
+    read_records,
+)
 from wan_sweep.schema import KNOBS, Job
 from wan_sweep.store import write_atomically
 from wan_sweep.units import format_gib
 
 NOTHING = "-"
+PEAK_COLUMN = 9
 BASE_DIT = "memory/base/dit_bytes"
 ACTIVATION = "memory/activation/denoise_bytes"
+HOST_PINNED = "memory/peak/host_pinned_bytes"
 IN_COLLECTIVES = "collectives/per_step_s"
 EXPOSED = "collectives/exposed_per_step_s"
 LATENTS_L2 = "fidelity/latents_relative_l2"
@@ -47,12 +57,14 @@ PACKED = ("*.json", "*.csv", "*.md", "*/record.json", "*/config.yaml", "*/log*.t
 
 NOTES = """\
 - U ranks share heads (Ulysses), R pass keys and values around (Ring), cfg2 is one group for each pass of guidance.
-  FSDP shards DiT and T5 over the devices; streamed is load_strategy=part, sharded over the hosts.
+  FSDP shards DiT and T5 over the devices; streamed is load_strategy=part, sharded over the hosts; with tiles
+  it is optimization=lowest_memory, where components also leave the device when their phase ends.
 - A step is the median, the first left out; of several runs the middle one. A forward is half a step, since guidance
   takes two; with cfg2 both run at the same time, and half a step is what a forward costs all the same.
 - Speed-up: seconds of a step on one GPU, everything resident, over those of the split.
 - Memory in GiB, of each rank, never summed: of ranks that differ the largest, with its rank, and the smallest. DiT: its
   weights; activation: what denoising takes besides what stands there; peaks: of the whole run, text encoder included.
+  Process: all of its part of the device, context and messages' buffers included. Pinned: on the host, of each process.
 - Collectives: share of a step in which one ran, waiting for others included, and in which nothing else ran; from an
   extra run with trace=true.
 - Latents: norm of the difference to the run on one GPU over its norm; video: PSNR in dB. Same bits: whether all runs of
@@ -96,6 +108,8 @@ class Split:
         sharded = [name for name, is_on in (("DiT", job.dit_fsdp), ("T5", job.t5_fsdp)) if is_on]
         more = [f"FSDP of {' and '.join(sharded)}"] if sharded else []
         more += ["streamed"] if self.is_streamed else []
+        more += ["tiles"] if job.vae_budget_gib is not None else []
+        more += ["residual on host"] if job.residual_on_host else []
         return " + ".join([" x ".join(words) or "one GPU", *more])
 
     @property
@@ -230,14 +244,16 @@ def columns(splits: Sequence[Split]) -> list[Column]:
         words("activation GiB", lambda split: _ranks_cell(split, ACTIVATION), is_number=True),
         words("peak GiB", lambda split: _ranks_cell(split, PEAK_ALLOCATED), is_number=True),
         words("reserved GiB", lambda split: _ranks_cell(split, PEAK_RESERVED), is_number=True),
+        words("process GiB", lambda split: _ranks_cell(split, PROCESS_USED), is_number=True),
         words("fullest rank", _fullest, is_number=True),
+        words("pinned GiB", lambda split: _ranks_cell(split, HOST_PINNED), is_number=True),
         words("in collectives", _collectives, is_number=True),
         numbers("latents relative L2", lambda split: split.value(LATENTS_L2), "{:.2e}".format),
         words("video dB", _video, is_number=True),
         words("same bits", _bits),
     ]
     if any(split.estimate for split in splits):
-        found.insert(11, numbers("estimated peak GiB", _estimated, format_gib))
+        found.insert(PEAK_COLUMN + 1, numbers("estimated peak GiB", _estimated, format_gib))
     return found
 
 

@@ -3,6 +3,7 @@
 What the functions need to be in a process of its own lives here too, since a process finds them by their module's name.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -36,6 +37,7 @@ def _serve(pipe: Connection) -> None:
             return
         environment, function, arguments = task
         os.environ.update(environment)
+        gc.collect()  # what an earlier function left in cycles must not be freed while this one counts bytes
         try:
             pipe.send((function(*arguments), None))
         except BaseException:  # noqa: BLE001 # whatever it is, the test shall show it
@@ -96,6 +98,7 @@ class Forward:
     head_dim: int = 8
     rows_apart: int = 4096  # of a member; from so many on they are attended to apart from the others'
     is_fused: bool = False  # in a process by itself it never is
+    num_heads: int = 12
 
 
 def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
@@ -118,7 +121,8 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     is_fused = case.is_fused and world.size > 1
     operations = FusedOperations(members=layout.ulysses) if is_fused else Operations()
     shared.FEWEST_ROWS_APART, shared.ROWS_OF_A_TILE = case.rows_apart, min(128, case.rows_apart)
-    config = DitConfig(dim=12 * case.head_dim, ffn_dim=128, num_heads=12, num_layers=2, text_dim=32, text_len=8)
+    dim, heads = case.num_heads * case.head_dim, case.num_heads
+    config = DitConfig(dim=dim, ffn_dim=128, num_heads=heads, num_layers=2, text_dim=32, text_len=8)
     with torch.device("meta"):
         model = Dit(config, dtype=DTYPES[case.precision], operations=operations)
     materialize(model, RandomSource("dit", module_shapes(model), 0, runtime.generator), runtime.device)

@@ -61,6 +61,13 @@ def test_a_layout_that_can_be_is_taken(layout: Layout) -> None:
     check_layout(layout, SPEC, make_request(SPEC, seed=0))
 
 
+@pytest.mark.parametrize("layout", [Layout(ring=8), Layout(ulysses=4, ring=2), Layout(cfg=2, ulysses=4)])
+def test_twelve_heads_run_on_eight_ranks_by_the_way_out_that_the_refusal_names(layout: Layout) -> None:
+    spec = model_spec("t2v-1.3B")
+    assert layout.world_size == 8
+    check_layout(layout, spec, make_request(spec, seed=0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "word"), [({"ulysses": 0}, "ulysses_size=0"), ({"ring": -1}, "ring_size=-1"), ({"cfg": 3}, "cfg=3")]
 )

@@ -41,7 +41,14 @@ FORWARDS = [
     Forward(grid=(3, 5, 7), batch_size=2, rows_apart=4, is_fused=True),
     Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5),
 ]
-MOST_RANKS = max(layout.world_size for layout in SEQUENCES)
+ON_EIGHT = [  # 12 heads, which eight ranks of Ulysses cannot share, but with a model of eight heads
+    (Layout(ulysses=4, ring=2), Forward(grid=(3, 3, 5), batch_size=2, most_rows=64, is_fused=True)),
+    (Layout(ulysses=2, ring=4), Forward(grid=(3, 3, 5), query_slices=2)),
+    (Layout(ring=8), Forward(grid=(1, 1, 5))),
+    (Layout(ring=8), Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5)),
+    (Layout(ulysses=8), Forward(grid=(3, 5, 7), most_rows=64, num_heads=8, rows_apart=4, is_fused=True)),
+]
+MOST_RANKS = 8
 
 
 def named(layout: Layout) -> str:
@@ -84,6 +91,13 @@ def test_a_forward_of_several_ranks_equals_that_of_one(ranks: Ranks, alone: Any,
         assert relative_distance(result["velocity"], expected["velocity"]) < EXACT
 
 
+@pytest.mark.parametrize(("layout", "case"), ON_EIGHT, ids=[f"{named(layout)}-{case}" for layout, case in ON_EIGHT])
+def test_a_forward_of_eight_ranks_equals_that_of_one(ranks: Ranks, alone: Any, layout: Layout, case: Forward) -> None:
+    expected = alone(forward, case)
+    for result in ranks.run(8, forward, layout, case):
+        assert relative_distance(result["velocity"], expected["velocity"]) < EXACT
+
+
 PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(ulysses=2), {}, {}),
     (Layout(ring=4), {"batch_size": 2, "micro_batch_size": 2}, {"offload": True}),
@@ -98,6 +112,12 @@ PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(ring=2), {}, {"load_strategy": "part", "attention_slices": 2, "residual_on_host": 0.5}),
     (Layout(ulysses=2, dit_fsdp=True), {"model": "tiny-vace"}, {"offload": True}),
     (Layout(cfg=2, ring=2), {"model": "tiny-vace"}, {"load_strategy": "part", "residual_on_host": 0.5}),
+    (Layout(ulysses=8, dit_fsdp=True, t5_fsdp=True), {}, {}),
+    (Layout(ulysses=8), {}, {"load_strategy": "part"}),
+    (Layout(ulysses=4, ring=2), {}, {}),
+    (Layout(ulysses=2, ring=4), {}, {}),
+    (Layout(ring=8), {}, {}),
+    (Layout(cfg=2, ulysses=4), {}, {}),
 ]
 
 

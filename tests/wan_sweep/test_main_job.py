@@ -174,6 +174,13 @@ def test_offload_lowers_the_peak_by_the_bytes_of_the_idle_components(story: Stor
         assert resident["memory/base/t5_bytes"] == offloaded["memory/base/t5_bytes"]
 
 
+def test_records_tell_bits_of_outputs_which_offload_leaves_and_another_format_changes(story: Story) -> None:
+    told = [record.outputs for record in story.records]
+    assert all(one is not None and set(one) == {"latents_sha256", "frames_sha256"} for one in told)
+    assert [told[number] for number in OFFLOADED] == [told[number] for number in RESIDENT]
+    assert told[OFFLOADED[0]] != told[OFFLOADED[1]]
+
+
 def test_report_and_pictures_are_there(story: Story) -> None:
     report = (story.sweep / "report.md").read_text()
     shown = re.findall(r"!\[.*?\]\((.*?)\)", report)

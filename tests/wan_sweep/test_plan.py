@@ -220,3 +220,18 @@ def test_a_plan_that_is_too_wide_breaks_names_and_cuts_values_but_no_word_of_its
     shown = console.export_text()
     assert "\u2026" not in shown
     assert all(word in shown for word in ("attention_", "slicing", "strategy", "A kite above", "expected"))
+
+
+def test_on_two_gpus_the_plan_tells_which_splits_run_and_why_another_does_not(tmp_path: Path) -> None:
+    two_gpus = Machine(gpus=(H100, H100), torch_version="2.13.0")
+    sizes = [{"ulysses_size": ulysses, "ring_size": ring} for ulysses in (1, 2) for ring in (1, 2)]
+    splits = [Candidate(job=Job(model="t2v-1.3B").replace(**one), axes=one) for one in sizes]
+    console = Console(file=io.StringIO(), width=100)
+    print_plan(planned(splits, tmp_path, machine=two_gpus), console)
+    shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert shown[0].endswith("3 to run, 1 refused")
+    assert [line for line in shown if line[:1].isdigit()] == ["1 1 1 run", "2 1 2 run", "3 2 1 run", "4 2 2 refused"]
+    assert shown[-1] == (
+        "job 4: refused: ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; "
+        "choose sizes whose product is at most 2"
+    )

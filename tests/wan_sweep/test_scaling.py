@@ -92,13 +92,15 @@ def test_a_row_tells_speed_up_and_every_rank_apart(table: ModuleType, tmp_path: 
         job(2, {"ulysses_size": 2}, step_s=0.5, peaks=(5, 6.5), metrics={"fidelity/latents_relative_l2": 3e-3}),
         job(3, {"cfg_parallel": True, "ring_size": 2, "dit_fsdp": True}, step_s=0.25, peaks=(4,) * 4, metrics=traced),
         job(4, {"ulysses_size": 2, "load_strategy": "part"}, step_s=0.8, peaks=(1, 1)),
+        job(5, {"load_strategy": "part", "vae_budget_gib": 0.6, "residual_on_host": 1.0}, step_s=1.6, peaks=(1,)),
     )
-    one, two, four, streamed = rows(table.page([sweep]), "# The scaling table")
-    assert [row["split"] for row in (one, two, four, streamed)] == [
+    one, two, four, streamed, least = rows(table.page([sweep]), "# The scaling table")
+    assert [row["split"] for row in (one, two, four, streamed, least)] == [
         "one GPU",
         "U2",
         "cfg2 x R2 + FSDP of DiT",
         "U2 + streamed",
+        "one GPU + streamed + tiles + residual on host",
     ]
     assert [row["ranks"] for row in (one, two, four, streamed)] == ["1", "2", "4", "2"]
     assert [row["speed-up"] for row in (one, two, four, streamed)] == ["1.00", "2.00", "4.00", "1.25"]
@@ -109,6 +111,7 @@ def test_a_row_tells_speed_up_and_every_rank_apart(table: ModuleType, tmp_path: 
     assert two["latents relative L2"] == "3.00e-03"
     assert four["in collectives"] == "20.0 % (4.0 % alone)"
     assert four["peak GiB"] == "4.00"
+    assert (four["process GiB"], four["pinned GiB"]) == ("-", "0.00")
 
 
 def test_what_was_taken_over_counts_once_and_a_second_run_is_compared_bit_by_bit(
@@ -148,6 +151,7 @@ def test_refusals_and_estimates_stand_in_the_table(table: ModuleType, tmp_path: 
     page = table.page([sweep])
     measured, refused = rows(page, "# The scaling table")
     assert measured["estimated peak GiB"] == "9.00"
+    assert "| peak GiB | estimated peak GiB | reserved GiB |" in " ".join(page.split())
     assert (refused["outcome"], refused["step s"], refused["estimated peak GiB"]) == ("refused", "-", "-")
     assert ", U5: refused: 5 of 12" in page
     with pytest.raises(RecordError, match="no records"):
@@ -189,8 +193,9 @@ def test_after_each_sweep_comes_the_table_of_all_of_them(tmp_path: Path, reposit
         "model=t2v-1.3B trace=true",
         "model=t2v-14B load_strategy=full,part parallel=single,ulysses2,ulysses4,ulysses8 trace=true",
         "model=t2v-1.3B repeats=2 trace=true",
+        "model=t2v-14B optimization=none,lowest_memory parallel=single,ulysses2,ulysses4,ulysses8 trace=true",
     ]
-    assert [call.count("outputs/scaling/") for call in tables] == [2, 3, 4, 5]
+    assert [call.count("outputs/scaling/") for call in tables] == [2, 3, 4, 5, 6]
     assert all(call.strip().endswith("--pack all.tar.gz") for call in tables)
 
 
@@ -199,5 +204,5 @@ def test_the_splits_of_the_command_line_hold_for_all_sweeps_and_a_bad_one_stops_
 ) -> None:
     code, calls = run(tmp_path, repository, "parallel=single,ring2", "description=FAILS", MODELS="tiny", WITHIN="50")
     assert code == 1
-    assert len(calls) == 6
+    assert len(calls) == 8
     assert all(call.count("parallel=") == 1 for call in calls[::2])

@@ -61,6 +61,17 @@ def test_the_blocks_that_vace_adds_count_as_any_block() -> None:
     assert steered == pytest.approx(plain * 48 / 40)
 
 
+def test_what_both_passes_share_is_bounded_once() -> None:
+    request = make_request(LARGE, seed=0)
+    each, shared = (
+        lower_bounds(LARGE, Options(share_first_attention=one), request, H100)["step"] for one in (False, True)
+    )
+    tokens, dim = 75_600, 5120
+    once = 2 * (4 * tokens * dim**2 + 2 * tokens**2 * dim) / H100.half_flops
+    assert each - shared == pytest.approx(once)
+    assert 0.01 < once / each < 0.0125  # one of 80 self attentions
+
+
 class Kept:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from tests.wan_sweep.made_up_records import KNOBS, main_job, metrics_of, record,
 from wan_sweep.report.cells import columns_of
 from wan_sweep.report.change import change_of
 from wan_sweep.report.effects import effects
-from wan_sweep.report.findings import headline, without_effect
+from wan_sweep.report.findings import headline, warnings, without_effect
 from wan_sweep.report.sheet import Sheet, read_sheet
 
 TINY = {"t5": 3.0, "dit": 2.0, "vae": 4.0}
@@ -149,3 +149,16 @@ def test_where_the_peak_hides_what_a_knob_does_the_phases_tell(tmp_path: Path) -
         "attention_slicing=true instead of false: peak unchanged (in encode_text -50.0 %), step the same within 2 % "
         "(1 pair of jobs that differ in nothing else)."
     )
+
+
+def test_a_trace_that_had_to_be_cut_is_told(tmp_path: Path) -> None:
+    left_out = "no decode: it takes 2.00 GiB, and of the 1.00 GiB that a trace may have 512.0 MiB are left"
+    metrics = metrics_of(base=TINY, activation=41)
+    cut, whole = (
+        record(1, {}, metrics, passes={"trace": {"outcome": "ok", "reason": "", "stopped": words}})
+        for words in (left_out, "")
+    )
+    assert warnings(sheet_of(tmp_path / "cut", cut)) == [
+        f"Job 1 (t2v-1.3B): its trace does not hold all that it could: {left_out}."
+    ]
+    assert warnings(sheet_of(tmp_path / "whole", whole)) == []

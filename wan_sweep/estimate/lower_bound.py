@@ -29,7 +29,8 @@ def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card
     num_groups = -(-request.batch_size // videos_at_once)
     work = dit_operations(spec.dit, request.denoised_shape.num_tokens) * videos_at_once
     rate = card.fp32_flops if options.precision == "fp32" else card.half_flops
-    step = forwards * max(work / rate, _weights_seconds(dit_bytes, options, card))
+    shared = shared_operations(spec, options, request) * videos_at_once
+    step = max((forwards * work - shared) / rate, forwards * _weights_seconds(dit_bytes, options, card))
     vae_rate = card.tf32_flops if options.vae_precision == "fp32" else card.half_flops
     bounds = {
         "encode_text": 0.0 if options.t5_cpu else forwards * _weights_seconds(t5_bytes, options, card),
@@ -66,6 +67,14 @@ def dit_operations(dit: DitConfig, num_tokens: int) -> float:
     linear = num_tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
     attention = 2 * num_tokens * (num_tokens + dit.text_len) * dit.dim
     return float(OPERATIONS_PER_PRODUCT * num_dit_blocks(dit) * (linear + attention))
+
+
+def shared_operations(spec: ModelSpec, options: Options, request: Request) -> float:
+    """Operations that both passes of guidance do once: the first block's self attention, if it is shared."""
+    if not options.share_first_attention or request.guide_scale == 1 or spec.dit.vace:
+        return 0.0
+    tokens, dim = request.denoised_shape.num_tokens, spec.dit.dim
+    return float(OPERATIONS_PER_PRODUCT * (4 * tokens * dim**2 + 2 * tokens**2 * dim))
 
 
 def decode_operations(vae: VaeConfig, latent: tuple[int, int, int]) -> float:

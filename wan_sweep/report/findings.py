@@ -184,7 +184,7 @@ class _Once:
 
 
 def _from_numbers(record: Record) -> list[Mapping[str, str]]:
-    """Return warnings that follow from a record's metrics, unless the job itself has given them."""
+    """Return warnings that follow from a record's metrics and passes, unless the job itself has given them."""
     found: list[Mapping[str, str]] = []
     retries = record.metrics.get("memory/num_alloc_retries", 0)
     if retries > 0:
@@ -205,6 +205,9 @@ def _from_numbers(record: Record) -> list[Mapping[str, str]]:
                 "advice": "steps do the same work, so see in steps.png whether something is kept from step to step",
             }
         )
+    left_out = str(record.passes.get("trace", {}).get("stopped") or "")
+    if left_out and record.passes["trace"]["outcome"] == "ok":
+        found.append({"code": "trace_cut", "text": f"its trace does not hold all that it could: {left_out}"})
     given = {warning.get("code") for warning in record.warnings}
     return [warning for warning in found if warning["code"] not in given]
 

@@ -105,7 +105,7 @@ def build_options(job: Job) -> Options:
         rows_at_once=job.rows_at_once,
         share_first_attention=job.share_first_attention,
         residual_on_host=job.residual_on_host,
-        vae_budget_gib=job.vae_budget_gib,
+        vae_budget_gib=cast("float | None", job.vae_budget_gib),  # `rules.resolve` has made a number of "auto"
         gradient_checkpointing=job.gradient_checkpointing,
         ckpt_dir=job.ckpt_dir,
         weights_seed=job.weights_seed,

@@ -4,8 +4,9 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from wan21.config import FA3_KERNELS, ModelSpec, check_capability, check_device, model_spec
+from wan21.config import FA3_KERNELS, ModelSpec, Request, check_capability, check_device, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
@@ -14,6 +15,13 @@ from wan_sweep.cards import DEFAULT_CARD, card_like
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
 from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
+from wan_sweep.units import GIB
+
+LEAST_VAE_BUDGET_GIB = {"fp32": 1.0, "fp16": 0.8, "bf16": 0.8}
+"""What vae_budget_gib=auto is at the least: smaller tiles repeat too much of their neighbours' work."""
+
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Of a number in each format."""
 
 DEFAULT_MODEL = "t2v-1.3B"
 CPU_DEFAULT_MODEL = "tiny"
@@ -48,6 +56,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
     try:
         _check_mode(job)
         request = build_request(job)
+        job = job.replace(vae_budget_gib=vae_budget(job, request))
         check_device(build_options(job), device)
         job = job.replace(
             size=request.size,
@@ -94,6 +103,16 @@ def _with_kernels(job: Job, machine: Machine) -> Job:
         can_fa3 = has_fa3 and job.precision == "bf16" and job.ring_size == 1
         job = job.replace(attention_kernel="fa3" if can_fa3 else "sdpa")
     return job
+
+
+def vae_budget(job: Job, request: Request) -> float | None:
+    """The job's budget of the VAE in GiB; where it leaves the choice, one that hardly raises the peak of the run."""
+    if job.vae_budget_gib != AUTO:
+        return cast("float | None", job.vae_budget_gib)
+    dim, layout = model_spec(job.model).dit.dim, build_layout(job)
+    num_tokens = -(-request.denoised_shape.num_tokens // layout.sequence) * job.micro_batch_size
+    residual_keys_values = num_tokens * dim * (4 + 2 * ITEM_BYTES[job.precision])
+    return max(LEAST_VAE_BUDGET_GIB[job.vae_precision], round(residual_keys_values / GIB, 2))
 
 
 def _extension_knobs(job: Job) -> dict[str, Scalar]:

@@ -134,9 +134,10 @@ class Job:
         float, Rule(meaning="Share of the DiT's residual that waits on the host, from 0 to 1.", at_least=0)
     ] = 0.0
     vae_budget_gib: Annotated[
-        float | None,
+        float | Literal["auto"] | None,
         Rule(
-            meaning="GiB that the VAE may take besides its weights: it works in exact tiles; null is whole frames.",
+            meaning="GiB that the VAE may take besides its weights: it works in exact tiles; null is whole frames, "
+            "auto as much as the DiT's residual, keys and values take.",
             above=0,
         ),
     ] = None

@@ -270,3 +270,21 @@ def test_eight_bits_are_refused_where_the_gpu_cannot_multiply_them(
     refusal = resolve(FASTEST_FP8.replace(**changes), machine).refusal
     assert words in refusal
     assert bool(words) == bool(refusal)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gib"),
+    [
+        ({"model": "t2v-1.3B"}, 1.0),
+        ({"model": "t2v-1.3B", "vae_precision": "bf16"}, 0.8),
+        # The residual in float32, keys and values in half precision: 8 bytes x 75,600 tokens x 5,120.
+        ({"model": "t2v-14B", "size": "1280*720", "vae_precision": "bf16"}, 2.88),
+        ({"model": "t2v-14B", "size": "1280*720", "ulysses_size": 2, "vae_precision": "bf16"}, 1.44),
+        ({"model": "t2v-14B", "size": "1280*720", "precision": "fp32"}, 4.33),
+    ],
+)
+def test_a_budget_of_the_vae_that_is_left_open_follows_what_denoising_takes(asked: dict[str, Any], gib: float) -> None:
+    job = resolve(Job(vae_budget_gib="auto", mode="estimate", card="H100-80GB", **asked), ONE_GPU).job
+    assert job.vae_budget_gib == gib
+    assert resolve(Job(vae_budget_gib=0.7), ONE_GPU).job.vae_budget_gib == 0.7
+    assert resolve(Job(), ONE_GPU).job.vae_budget_gib is None

@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
 # Test processes: one more than CI has cores, since some tests wait for others to hang.
-JOBS ?= 3
+TEST_PROCESSES ?= 3
 BIN := .venv/bin
 # Compiling everything takes pip a minute; Python compiles what is used when it is first used.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
@@ -22,7 +22,7 @@ ui: .venv/installed  ## MLflow's pages over outputs/, on this machine only
 	$(BIN)/python -m wan_sweep.track.ui $(ARGS)
 
 test: check  ## checks and all tests; what CI runs
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: .venv/installed-dev  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -102,7 +102,7 @@ def wan_sweep(tmp_path: Path) -> Command:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "wan_sweep", *arguments]
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
         )
 
     return run
@@ -131,7 +131,7 @@ def fake_sweep(tmp_path: Path, fake_command: list[str]) -> Command:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [*fake_command, *arguments]
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
         )
 
     return run

@@ -197,10 +197,13 @@ def test_ctrl_c_while_reading_ends_the_script_quietly(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(pipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    with pipe.open("w") as file:  # opens once the script reads
-        file.write('{"traceEvents": [')
-        file.flush()
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+    try:
+        with pipe.open("w") as file:  # opens once the script reads
+            file.write('{"traceEvents": [')
+            file.flush()
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, error) == (130, "interrupted\n")

@@ -291,20 +291,3 @@ def test_an_mlflow_server_that_is_not_there_costs_no_result(
     (run,) = (run for run in runs if run.data.tags["role"] == "job")
     assert run.data.params["sample_steps"] == "1"
     assert run.data.metrics["time/total_s"] == pytest.approx(record.metrics["time/total_s"])
-
-
-def test_two_sweeps_at_once_on_a_new_store_share_it_and_nothing_else(start: Start, tmp_path: Path) -> None:
-    both = [start("sample_steps=1", *SMALL, "resume=false") for _ in range(2)]
-    for started in both:
-        done = started.done()
-        assert (done.code, done.stderr) == (0, "")
-    first, second = sweeps(tmp_path)
-    for sweep in (first, second):
-        assert outcomes(load_records(sweep)) == [(1, "ok")]
-    client = client_of(tmp_path / "outputs" / "mlflow.db")
-    experiment = client.get_experiment_by_name("wan-sweep")
-    assert [one.name for one in client.search_experiments() if one.name != "Default"] == ["wan-sweep"]
-    runs = client.search_runs([experiment.experiment_id])
-    found = sorted((run.data.tags["sweep"], run.data.tags["role"]) for run in runs)
-    assert found == [(sweep.name, role) for sweep in (first, second) for role in ("job", "sweep")]
-    assert client.search_runs(["0"]) == []

@@ -220,6 +220,8 @@ def test_an_unusable_store_is_a_warning_at_once(tmp_path: Path, caplog: pytest.L
 
 
 def test_two_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     code = (
         "import sys; from pathlib import Path; from wan_sweep.track import Tracker\n"
         "tracker = Tracker(Path(sys.argv[1]), 'wan-sweep'); tracker.open()\n"
@@ -239,6 +241,9 @@ def test_two_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
     entries = [read_entry(job) for job in sorted(folder.iterdir())]
     assert {entry.experiment_id for entry in entries if entry} == {"1"}
     assert all(entry and entry.is_sent for entry in entries)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [one.name for one in client.search_experiments() if one.name != "Default"] == [EXPERIMENT]
+    assert [len(client.search_runs([experiment])) for experiment in ("0", "1")] == [0, 2]
 
 
 def test_a_password_stays_out_of_files() -> None:

@@ -106,7 +106,7 @@ class Job:
         LinearFormat,
         Rule(
             meaning="Linear layers of the DiT's blocks: same as precision; fp8 stores and multiplies them in eight "
-            "bits, fp8_weights only stores them so; both are approximate."
+            "bits, fp8_weights and int8_weights only store them so; all are approximate."
         ),
     ] = "same"
     attention_slicing: Annotated[

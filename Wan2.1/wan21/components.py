@@ -12,11 +12,12 @@ from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
 from wan21.config import ModelSpec, Options, check_capability, check_device, check_host_budget
 from wan21.dit.fp8 import Fp8Operations
-from wan21.dit.linear import store_in_fp8
+from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.errors import UsageError
 from wan21.events import Observer, Span
+from wan21.kernels.fp8 import FP8
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
 from wan21.memory.reading import HostBudget
 from wan21.memory.streaming import StreamPlan, Unit, stream
@@ -32,6 +33,9 @@ from wan21.weights.load import check_names, materialize, parameter_bytes, put, t
 from wan21.weights.source import WeightSource
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+STORED = {"same": None, "fp8": FP8, "fp8_weights": FP8, "int8_weights": torch.int8}
+"""What the weights of linear layers are stored in, by linear_format; None: in the compute dtype."""
+
 GIB = 2**30
 
 
@@ -140,11 +144,12 @@ class Components:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
-            scaled = store_in_fp8(module.sequence()) if self._options.linear_format != "same" else ()
+            stored = STORED[self._options.linear_format]
+            scaled = () if stored is None else store_in_eight_bits(module.sequence(), stored)
 
         def source() -> Source:
             weights = self._weights.dit()
-            return ScaledSource(weights, scaled, self._runtime.device) if scaled else weights
+            return weights if stored is None else ScaledSource(weights, scaled, self._runtime.device, stored)
 
         if self._options.layout.dit_fsdp:
             blocks, entrances = all_in_parts(module.sequence().values()), ["embed_text", "embed_pictures", "embed_time"]

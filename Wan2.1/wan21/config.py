@@ -21,7 +21,7 @@ LoadStrategy = Literal["full", "block", "part"]
 Solver = Literal["unipc", "dpm++"]
 Kernels = Literal["torch", "fused"]
 AttentionKernel = Literal["sdpa", "cudnn", "flash", "fa3", "fa3_fp8"]
-LinearFormat = Literal["same", "fp8", "fp8_weights"]
+LinearFormat = Literal["same", "fp8", "fp8_weights", "int8_weights"]
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -497,7 +497,7 @@ class Options:
         transformer's products and in the decoder of the VAE.
     attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch, "fa3_fp8" is approximate.
     linear_format: of the linear layers in the transformer's blocks: "same" as `precision`; or, approximately, "fp8":
-        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`.
+        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`; "int8_weights": likewise, in int8.
     resident_gib: of the streamed weights of each component so much stays on the device.
     host_budget_gib: of each component at most so much waits in pinned host memory; the rest is read from the
         checkpoint's files ahead of use. None: all of it waits.

@@ -497,7 +497,7 @@ class Options:
         transformer's products and in the decoder of the VAE.
     attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch, "fa3_fp8" is approximate.
     linear_format: of the linear layers in the transformer's blocks: "same" as `precision`; or, approximately, "fp8":
-        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`; "int8_weights": likewise, in int8.
+        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`; "int8_weights": likewise.
     resident_gib: of the streamed weights of each component so much stays on the device.
     host_budget_gib: of each component at most so much waits in pinned host memory; the rest is read from the
         checkpoint's files ahead of use. None: all of it waits.

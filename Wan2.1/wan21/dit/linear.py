@@ -17,7 +17,7 @@ WIDENED_BYTES = 2**25
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer with weights in eight bits and a scale for each output row. Called, it computes in the compute dtype.
+    """A linear layer with weights in eight bits and a scale for each output row; called, it computes in its own dtype.
 
     Keeps no gradients of its weights.
 

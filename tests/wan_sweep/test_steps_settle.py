@@ -22,6 +22,7 @@ TINY = Job(model="tiny", device="cuda", precision="bf16", sample_steps=NUM_STEPS
 LOWEST = TINY.replace(kernels="fused", offload=True, load_strategy="part", attention_slicing=True, vae_precision="bf16")
 JOBS = {
     "none": TINY,
+    "fastest": TINY.replace(kernels="fused", rows_at_once=131072, share_first_attention=True),
     "lowest_memory": LOWEST,
     "hosted": TINY.replace(kernels="fused", load_strategy="block", residual_on_host=0.5, rows_at_once=32),
     "dpm++": TINY.replace(sample_solver="dpm++"),

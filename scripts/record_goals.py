@@ -58,6 +58,12 @@ class Line:
         return self.row.knobs.get(name)
 
     @property
+    def label(self) -> str:
+        """The preset, and what makes it another one."""
+        share = float(str(self.knob("residual_on_host") or 0))
+        return f"{self.preset}, residual_on_host={share:g}" if share else self.preset
+
+    @property
     def workload(self) -> str:
         """Model and size."""
         return f"{self.knob('model')} {self.knob('size')}"

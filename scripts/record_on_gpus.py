@@ -52,6 +52,7 @@ SWEEPS: list[tuple[str, list[str], dict[str, str]]] = [
     ("small-segments", [*SMALL, *one("lowest_memory")], SEGMENTS),
     ("large-segments", [*LARGE, *one("lowest_memory"), "sample_steps=2"], SEGMENTS),
     ("middle-segments", [*MIDDLE, *one("lowest_memory")], SEGMENTS),
+    ("large-hosted", [*LARGE, *one("lowest_memory"), "residual_on_host=1", "sample_steps=2"], {}),
     ("large-balanced", [*LARGE, *one("balanced"), "sample_steps=2"], {}),
 ]
 

@@ -94,7 +94,7 @@ def figures(lines: Sequence[Line]) -> list[Column]:
     pinned, resident = "memory/peak/host_pinned_bytes", "memory/peak/host_rss_bytes"
     return [
         _text("workload", [line.workload for line in lines]),
-        _text("preset", [line.preset for line in lines]),
+        _text("preset", [line.label for line in lines]),
         _text("VAE", [line.vae for line in lines]),
         _text("attention", [line.attention for line in lines]),
         _text("allocator", [line.allocator for line in lines]),
@@ -124,7 +124,7 @@ def goals(lines: Sequence[Line]) -> list[Column]:
         return []
     return [
         _text("workload", [line.workload for _, line in pairs]),
-        _text("preset", [line.preset for _, line in pairs]),
+        _text("preset", [line.label for _, line in pairs]),
         _text("VAE", [line.vae for _, line in pairs]),
         _text("attention", [line.attention for _, line in pairs]),
         _text("allocator", [line.allocator for _, line in pairs]),
@@ -166,7 +166,7 @@ def page(folders: Sequence[Path]) -> str:
     blocks.append("\n".join(f"- {name}: {words}" for name, words in facts([read_sheet(folder) for folder in folders])))
     blocks += [table(figures(lines)), notes(lines)]
     reasons = dict.fromkeys(
-        f"- {line.workload} {line.preset}, VAE {line.vae}: {line.row.records[0].reason}"
+        f"- {line.workload} {line.label}, VAE {line.vae}: {line.row.records[0].reason}"
         for line in lines
         if line.row.outcome != "ok" and line.row.records[0].reason
     )

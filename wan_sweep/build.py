@@ -102,6 +102,7 @@ def build_options(job: Job) -> Options:
         linear_format=job.linear_format,
         attention_slices=slices,
         resident_gib=job.resident_gib,
+        host_budget_gib=job.host_budget_gib,
         rows_at_once=job.rows_at_once,
         share_first_attention=job.share_first_attention,
         residual_on_host=job.residual_on_host,

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from wan21.config import FA3_KERNELS, ModelSpec, Request, check_capability, check_device, model_spec
+from wan21.config import (
+    FA3_KERNELS,
+    ModelSpec,
+    Request,
+    check_capability,
+    check_device,
+    check_host_budget,
+    model_spec,
+)
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
@@ -75,6 +83,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
                 "with sizes of 1, and give the prompt that its record tells"
             )
         if not is_estimate:
+            check_host_budget(build_options(job))
             _check_device(job, machine)
             _check_capability(job, machine)
             _check_ranks(layout, device, machine)

@@ -106,7 +106,7 @@ class Job:
         LinearFormat,
         Rule(
             meaning="Linear layers of the DiT's blocks: same as precision; fp8 stores and multiplies them in eight "
-            "bits, fp8_weights only stores them so; both are approximate."
+            "bits, fp8_weights and int8_weights only store them so; all are approximate."
         ),
     ] = "same"
     attention_slicing: Annotated[
@@ -115,6 +115,14 @@ class Job:
     resident_gib: Annotated[
         float, Rule(meaning="Of each streamed component's weights so many GiB stay on the device.", at_least=0)
     ] = 0.0
+    host_budget_gib: Annotated[
+        float | None,
+        Rule(
+            meaning="Of each streamed component's weights at most so many GiB wait in pinned host memory, the rest is "
+            "read from ckpt_dir ahead of use; null pins all.",
+            above=0,
+        ),
+    ] = None
     rows_at_once: Annotated[
         int | None,
         Rule(

@@ -1,7 +1,7 @@
 """The networks as things that come to a device and leave it: T5, CLIP, DiT and VAE."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,14 +10,16 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_capability, check_device
+from wan21.config import ModelSpec, Options, check_capability, check_device, check_host_budget
 from wan21.dit.fp8 import Fp8Operations
-from wan21.dit.linear import store_in_fp8
+from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.errors import UsageError
 from wan21.events import Observer, Span
+from wan21.kernels.fp8 import FP8
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
+from wan21.memory.reading import HostBudget
 from wan21.memory.streaming import StreamPlan, Unit, stream
 from wan21.parallel.table import own_rows, share_table
 from wan21.parallel.world import World
@@ -31,6 +33,9 @@ from wan21.weights.load import check_names, materialize, parameter_bytes, put, t
 from wan21.weights.source import WeightSource
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+STORED = {"same": None, "fp8": FP8, "fp8_weights": FP8, "int8_weights": torch.int8}
+"""What the weights of linear layers are stored in, by linear_format; None: in the compute dtype."""
+
 GIB = 2**30
 
 
@@ -89,6 +94,8 @@ class Components:
         self._runtime = runtime
         self._observer = observer
         self._world = world
+        if runtime.computes:
+            check_host_budget(options)
         self._operations = make_operations(options, runtime)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
@@ -137,11 +144,12 @@ class Components:
         """The transformer."""
         with torch.device("meta"):
             module = Dit(self._spec.dit, dtype=DTYPES[self._options.precision], operations=self._operations)
-            scaled = store_in_fp8(module.sequence()) if self._options.linear_format != "same" else ()
+            stored = STORED[self._options.linear_format]
+            scaled = () if stored is None else store_in_eight_bits(module.sequence(), stored)
 
         def source() -> Source:
             weights = self._weights.dit()
-            return ScaledSource(weights, scaled, self._runtime.device) if scaled else weights
+            return weights if stored is None else ScaledSource(weights, scaled, self._runtime.device, stored)
 
         if self._options.layout.dit_fsdp:
             blocks, entrances = all_in_parts(module.sequence().values()), ["embed_text", "embed_pictures", "embed_time"]
@@ -261,12 +269,42 @@ class Components:
                     weight = torch.empty(part.shape, dtype=part.dtype, device=runtime.device)
                     write(parameter_name, weight.view(-1), 0)
                     put(module, parameter_name, weight)
-            stream(in_parts, plan, lambda index, leaf, *to: write(f"{names[index]}.{leaf}", *to), runtime, group)
+            before = runtime.host_buffer_bytes()
             for table in tables if by_parts else ():
                 keep_on_host(module, table, write, runtime)
             parked = Parked(module, once, write, runtime, group) if by_parts and once else None
+            budget = self._host_budget(open_source, own, names, taken=runtime.host_buffer_bytes() - before)
+            stream(
+                in_parts, plan, lambda index, leaf, *to: write(f"{names[index]}.{leaf}", *to), runtime, group, budget
+            )
         module.eval()
         return Component(module, runtime.device, parked)
+
+    def _host_budget(
+        self, open_source: OpenSource, own: Mapping[str, tuple[torch.Tensor, int]], names: Sequence[str], *, taken: int
+    ) -> HostBudget | None:
+        """What a component's streamed blocks may take of pinned host memory.
+
+        Args:
+            open_source: of its weights.
+            own: by name, this process's part of each parameter, and the number of its first element.
+            names: of the blocks.
+            taken: bytes of it that wait there already.
+        """
+        if self._options.host_budget_gib is None:
+            return None
+
+        @contextmanager
+        def opened() -> Iterator[Callable[[int, str, torch.Tensor, int], None]]:
+            with open_source() as source:
+
+                def write(index: int, leaf: str, to: torch.Tensor, first: int) -> None:
+                    name = f"{names[index]}.{leaf}"
+                    source.write_part(name, to, own[name][1] + first)
+
+                yield write
+
+        return HostBudget(int(self._options.host_budget_gib * GIB), taken, opened)
 
 
 def numbered(owner: str, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:

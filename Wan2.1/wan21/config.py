@@ -21,7 +21,7 @@ LoadStrategy = Literal["full", "block", "part"]
 Solver = Literal["unipc", "dpm++"]
 Kernels = Literal["torch", "fused"]
 AttentionKernel = Literal["sdpa", "cudnn", "flash", "fa3", "fa3_fp8"]
-LinearFormat = Literal["same", "fp8", "fp8_weights"]
+LinearFormat = Literal["same", "fp8", "fp8_weights", "int8_weights"]
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -497,8 +497,10 @@ class Options:
         transformer's products and in the decoder of the VAE.
     attention_kernel: of the transformer's self attention; "sdpa" leaves the choice to torch, "fa3_fp8" is approximate.
     linear_format: of the linear layers in the transformer's blocks: "same" as `precision`; or, approximately, "fp8":
-        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`.
+        stored and multiplied in e4m3; "fp8_weights": stored so, multiplied in `precision`; "int8_weights": likewise.
     resident_gib: of the streamed weights of each component so much stays on the device.
+    host_budget_gib: of each component at most so much waits in pinned host memory; the rest is read from the
+        checkpoint's files ahead of use. None: all of it waits.
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as
         keep temporaries small.
     share_first_attention: of both passes of guidance one works out the first block's self attention, which has not seen
@@ -510,7 +512,7 @@ class Options:
 
     Raises:
         UsageError: an unknown format or strategy, a number of slices or rows below one, a share outside 0 to 1,
-            a budget below zero, or two options that contradict each other.
+            a budget that is not above zero, or two options that contradict each other.
     """
 
     precision: Precision = "fp16"
@@ -520,6 +522,7 @@ class Options:
     offload: bool = False
     load_strategy: LoadStrategy = "full"
     resident_gib: float = 0.0
+    host_budget_gib: float | None = None
     t5_cpu: bool = False
     kernels: Kernels = "torch"
     attention_kernel: AttentionKernel = "sdpa"
@@ -553,6 +556,8 @@ class Options:
         if not 0 <= self.resident_gib < float("inf"):
             raise UsageError(f"resident_gib={self.resident_gib} is not a number of GiB of at least 0; 0 keeps nothing")
         self._check_sharing()
+        if self.host_budget_gib is not None and not 0 < self.host_budget_gib < float("inf"):
+            raise UsageError(f"host_budget_gib={self.host_budget_gib} is not a number of GiB above 0; None pins all")
         self._check_layout()
         if self.vae_budget_gib is not None and not 0 < self.vae_budget_gib < float("inf"):
             raise UsageError(f"vae_budget_gib={self.vae_budget_gib} is not a number of GiB above 0")
@@ -637,6 +642,28 @@ def _check_linear_format(options: Options, device: str) -> None:
         )
 
 
+def check_host_budget(options: Options) -> None:
+    """Refuses a budget of host memory for weights that cannot be read again.
+
+    Raises:
+        UsageError: they are drawn, or made while they are loaded.
+    """
+    if options.host_budget_gib is None or options.load_strategy == "full":
+        return
+    if options.ckpt_dir is None:
+        raise UsageError(
+            f"host_budget_gib={options.host_budget_gib:g} reads weights from a checkpoint's files again and again, and "
+            "random ones are drawn; choose ckpt_dir=FOLDER (scripts/make_tiny_checkpoint.py --model NAME writes one "
+            "with random weights), or host_budget_gib=null"
+        )
+    if options.linear_format != "same":
+        raise UsageError(
+            f"host_budget_gib={options.host_budget_gib:g} reads weights as they are stored, and "
+            f"linear_format={options.linear_format} makes them while they are loaded; choose linear_format=same, or "
+            "host_budget_gib=null"
+        )
+
+
 def check_capability(options: Options, capability: tuple[int, int]) -> None:
     """Refuses what GPUs of this compute capability cannot do.
 
@@ -690,6 +717,8 @@ def idle_knobs(
         idle["resident_gib"] = "with load_strategy=full all weights stay on the device"
     if options.share_first_attention and (reason := _one_pass(options, spec, request)):
         idle["share_first_attention"] = reason
+    if options.host_budget_gib is not None and options.load_strategy == "full":
+        idle["host_budget_gib"] = "with load_strategy=full no weights wait on the host"
     if options.t5_cpu and device == "cpu":
         idle["t5_cpu"] = "the whole job already runs on the CPU"
     return idle

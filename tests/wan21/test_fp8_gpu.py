@@ -9,7 +9,7 @@ from tests.wan21.test_dit import relative_l2
 from wan21.attention import attend, attend_with_fa3_fp8
 from wan21.config import FP8_PRODUCTS, HOPPER, make_request, model_spec
 from wan21.dit.fp8 import Fp8Operations
-from wan21.dit.linear import store_in_fp8
+from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.kernels import fp8
@@ -110,7 +110,7 @@ def test_a_forward_of_the_tiny_transformer_is_near_the_one_in_float32() -> None:
     def velocity(operations: Operations, dtype: torch.dtype, *, scaled: bool, rows: int = 4096) -> torch.Tensor:
         with torch.device("meta"):
             model = Dit(spec.dit, dtype=dtype, operations=operations)
-            names = store_in_fp8(model.sequence()) if scaled else []
+            names = store_in_eight_bits(model.sequence()) if scaled else []
         weights = RandomWeights(spec, 0, runtime.generator).dit()
         materialize(model, ScaledSource(weights, names, runtime.device), runtime.device)
         generator = runtime.generator(1)

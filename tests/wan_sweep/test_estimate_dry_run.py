@@ -61,6 +61,14 @@ def test_kernels_of_our_own_pass_through_a_fake_device_and_decoding_asks_for_les
     assert fused[peak] < plain[peak]
 
 
+def test_a_budget_of_host_memory_is_kept_without_reading_anything() -> None:
+    job, pinned = TINY.replace(load_strategy="part", offload=True, sample_steps=2), "memory/peak/host_pinned_bytes"
+    whole, little = (dry_run(job.replace(host_budget_gib=gib), Simulation(H100, Settings())) for gib in (None, 0.007))
+    assert little.metrics[pinned] <= 0.007 * 2**30 < 0.9 * whole.metrics[pinned]
+    assert little.series["step/allocated_bytes"] == whole.series["step/allocated_bytes"]
+    assert little.error is whole.error is None
+
+
 def test_more_steps_than_the_first_four_ask_for_no_more() -> None:
     job = TINY.replace(sample_steps=9)
     few, every = (dry_run(job, Simulation(H100, Settings()), most_steps=steps) for steps in (4, 9))

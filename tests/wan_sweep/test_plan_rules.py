@@ -171,6 +171,15 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         (NO_GPU, {"base_seed": -1}, "base_seed=-1 is outside 0 to 2**63 - 1"),
         (
             NO_GPU,
+            {"host_budget_gib": 4.0, "load_strategy": "part", "device": "cpu"},
+            (
+                "host_budget_gib=4 reads weights from a checkpoint's files again and again, and random ones are drawn; "
+                "choose ckpt_dir=FOLDER (scripts/make_tiny_checkpoint.py --model NAME writes one with random weights), "
+                "or host_budget_gib=null"
+            ),
+        ),
+        (
+            NO_GPU,
             {"ckpt_dir": "/nowhere", "device": "cpu"},
             "ckpt_dir=/nowhere does not exist; give the official checkpoint folder of tiny, or null for random weights",
         ),

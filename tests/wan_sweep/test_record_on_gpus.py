@@ -83,12 +83,13 @@ def test_when_the_time_is_over_sweeps_are_stopped_and_what_is_there_is_packed(
         assert archive.getnames() == ["small/1_job/record.json", "small.txt"]
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(12))
 def test_every_sweep_plans(script: ModuleType, number: int) -> None:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir
     from hydra.types import RunMode
 
+    assert len(script.SWEEPS) == 12
     name, overrides, _ = script.SWEEPS[number]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()

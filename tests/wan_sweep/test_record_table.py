@@ -171,6 +171,20 @@ def test_a_sweep_of_one_preset_is_known_by_its_name(goals: ModuleType, tmp_path:
     assert not goals.read_lines([other])[0].preset
 
 
+def test_a_preset_with_the_residual_on_the_host_is_told_from_the_one_without(table: ModuleType, tmp_path: Path) -> None:
+    sweep = write_sweep(
+        tmp_path / "sweep",
+        job(1, "lowest_memory", peak=3.6, step_s=1),
+        job(2, "lowest_memory", peak=2.5, step_s=1, knobs={"residual_on_host": 1.0}),
+    )
+    presets = [row["preset"] for row in rows(table.page([sweep]), "# The record")]
+    assert presets == ["lowest_memory", "lowest_memory, residual_on_host=1"]
+    told = {
+        row["preset"]: row for row in rows(table.page([sweep]), "## Goals") if row["figure"] == "peak allocated GiB"
+    }
+    assert told["lowest_memory, residual_on_host=1"]["measured"] == "2.50"
+
+
 def test_latents_count_only_against_the_plain_run(goals: ModuleType, tmp_path: Path) -> None:
     other = {"reference": "1_optimization=fastest", "reference_folder": "", "reason": ""}
     sweep = write_sweep(

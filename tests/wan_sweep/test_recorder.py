@@ -115,6 +115,18 @@ def test_nested_spans_get_the_peaks_worked_out_by_hand() -> None:
     assert metrics["memory/fragmentation_pct"] == 50
 
 
+@pytest.mark.parametrize(("peaks", "grown"), [([50, 90, 90, 70], None), ([50, 90, 91, 99], 2), ([90, 50], None)])
+def test_a_step_after_the_second_that_reserves_more_is_told_once(peaks: list[int], grown: int | None) -> None:
+    device = Scripted()
+    recorder = Recorder(device, Lines())
+    with recorder.span(phase("denoise")):
+        for index, peak in enumerate(peaks):
+            with recorder.span(step(index, len(peaks))):
+                device.go(peak, 10)
+    told = [warning["text"] for warning in recorder.warnings]
+    assert told == ([] if grown is None else [f"step 3 reserved {grown} bytes more than the first 2"])
+
+
 def test_base_memory_is_what_a_load_adds_and_residents_are_who_stands_in_a_phase() -> None:
     device = Scripted()
     recorder = Recorder(device, Lines())

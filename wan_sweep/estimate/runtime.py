@@ -1,6 +1,5 @@
 """The runtime of an estimate: the very same pipeline runs on it, and its counters are those of a model."""
 
-import mmap
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from wan21.runtime import Mark, Memory, Runtime, Stream
+from wan21.runtime import Mark, Memory, Runtime, Stream, whole_pages
 from wan21.vae.plan import DecodePlan, Tile
 from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import row_for
@@ -34,6 +33,9 @@ class _Generator(torch.Generator):
 
 class _Mark(Mark):
     def hold_current(self) -> None:
+        """Nothing takes time here."""
+
+    def wait(self) -> None:
         """Nothing takes time here."""
 
 
@@ -96,6 +98,7 @@ class EstimatingRuntime(Runtime):
     """
 
     is_asynchronous = True
+    computes = False
 
     def __init__(self, device: torch.device, memory: DeviceMemory, card: Card, replays: Replays) -> None:
         self.device = device
@@ -143,7 +146,7 @@ class EstimatingRuntime(Runtime):
         return self._card.device_bytes
 
     def host_buffer(self, num_bytes: int) -> torch.Tensor:
-        pages = -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = whole_pages(num_bytes)
         buffer = torch.empty(pages, dtype=torch.uint8)
         self._host_bytes += pages
         weakref.finalize(buffer.untyped_storage(), self._release, pages)

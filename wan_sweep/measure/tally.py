@@ -11,6 +11,10 @@ from wan_sweep.measure.host import resident_peak_bytes
 WEIGHTS_ARRIVE = ("load", "extend_prompt")
 """Phases that weights come in; what they add is no activation."""
 
+SETTLING_STEPS = 2
+"""Steps after which the same memory serves for all others: the first makes room for the solver's history, the second
+is the first to use it."""
+
 
 @dataclass
 class Peaks:
@@ -97,6 +101,7 @@ class Tally:
             self._switch_seconds += done.seconds
         elif span.kind == "step":
             self._steps.append((done.seconds, done.peaks))
+            self._check_settled()
         elif span.kind == "phase":
             self._book_phase(done)
 
@@ -114,6 +119,19 @@ class Tally:
                     "text": f"loading {name} changed the device's requested bytes by {arrived}, but its parameters "
                     f"have {expected}",
                     "advice": "something else came or went during the load; do not trust this base memory",
+                }
+            )
+
+    def _check_settled(self) -> None:
+        """Warns once if a step after the second made the allocator reserve more."""
+        settled = max(peaks.reserved for _, peaks in self._steps[:SETTLING_STEPS])
+        grown = self._steps[-1][1].reserved - settled
+        if grown > 0 and all(warning["code"] != "steps_grow" for warning in self.warnings):
+            self.warnings.append(
+                {
+                    "code": "steps_grow",
+                    "text": f"step {len(self._steps)} reserved {grown} bytes more than the first {SETTLING_STEPS}",
+                    "advice": "a run of more steps may need more memory than this one; measure it with all its steps",
                 }
             )
 

@@ -17,18 +17,19 @@ WIDENED_BYTES = 2**25
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer with weights in e4m3 and a scale for each output row. Called, it computes in the compute dtype.
+    """A linear layer with weights in eight bits and a scale for each output row; called, it computes in its own dtype.
 
     Keeps no gradients of its weights.
 
     Args:
         like: the layer, on the meta device, whose place it takes; its dtype is the compute dtype.
+        dtype: of the stored weights: e4m3 or int8.
     """
 
-    def __init__(self, like: nn.Linear) -> None:
+    def __init__(self, like: nn.Linear, dtype: torch.dtype = FP8) -> None:
         super().__init__()
         out_features = like.out_features
-        self.weight = _frozen(like.weight.new_empty((out_features, like.in_features), dtype=FP8))
+        self.weight = _frozen(like.weight.new_empty((out_features, like.in_features), dtype=dtype))
         self.weight_scale = _frozen(like.weight.new_empty((out_features, 1), dtype=torch.float32))
         self.bias = _frozen(like.bias.detach())
 
@@ -63,11 +64,12 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def store_in_fp8(blocks: Mapping[str, nn.Module]) -> list[str]:
+def store_in_eight_bits(blocks: Mapping[str, nn.Module], dtype: torch.dtype = FP8) -> list[str]:
     """Puts scaled layers in the places of all linear layers of modules on the meta device.
 
     Args:
         blocks: by name.
+        dtype: of the stored weights: e4m3 or int8.
 
     Returns:
         The names of the weights, from those of the blocks on.
@@ -80,5 +82,5 @@ def store_in_fp8(blocks: Mapping[str, nn.Module]) -> list[str]:
     }
     for (block, name), layer in layers.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(blocks[block].get_submodule(owner), leaf, ScaledLinear(layer))
+        setattr(blocks[block].get_submodule(owner), leaf, ScaledLinear(layer, dtype))
     return [f"{block}.{name}.weight" for block, name in layers]

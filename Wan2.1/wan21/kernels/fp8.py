@@ -16,6 +16,9 @@ FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of what e4m3 can tell. A cast of more gives no number."""
 
+INT8_LARGEST = 127.0
+"""Of what int8 can tell to both sides."""
+
 SMALLEST_PEAK = 2.0**-100
 """Rows of zeros are divided by this rather than by zero."""
 
@@ -23,9 +26,9 @@ _LIBRARY = torch.library.Library("wan21", "FRAGMENT")  # the operators live as l
 
 
 class ScaledRows(NamedTuple):
-    """Rows in e4m3; what they stand for is `values * scale`.
+    """Rows in eight bits; what they stand for is `values * scale`.
 
-    values: [..., R, D], contiguous.
+    values: [..., R, D], contiguous; e4m3, or of weights int8.
     scale: [..., R, 1], float32.
     """
 
@@ -33,16 +36,19 @@ class ScaledRows(NamedTuple):
     scale: Tensor
 
 
-def scale_rows_(x: Tensor) -> ScaledRows:
+def scale_rows_(x: Tensor, dtype: torch.dtype = FP8) -> ScaledRows:
     """Quantises rows in torch's own words.
 
     Args:
         x: [..., R, D], float32; overwritten.
+        dtype: e4m3 or int8, whose steps are equal: the nearest one is taken, halves to the even one.
 
     Memory: the result.
     """
     peak = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=SMALLEST_PEAK)
-    return ScaledRows(x.mul_(LARGEST / peak).to(FP8), peak / LARGEST)
+    largest = LARGEST if dtype == FP8 else INT8_LARGEST
+    x.mul_(largest / peak)
+    return ScaledRows((x if dtype == FP8 else x.round_()).to(dtype), peak / largest)
 
 
 def quantize_rows(x: Tensor) -> ScaledRows:

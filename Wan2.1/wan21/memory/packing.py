@@ -7,7 +7,7 @@ from torch import nn
 
 from wan21.parallel.exchange import all_gather
 from wan21.parallel.world import Group
-from wan21.runtime import Runtime
+from wan21.runtime import Mark, Runtime
 
 ALIGNMENT = 256
 """Every tensor starts at a multiple of this in a packed buffer, as it would coming from an allocator."""
@@ -33,6 +33,11 @@ class Packing:
             offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         share = ALIGNMENT * num_shares
         self.num_bytes = -(-offset // share) * share
+
+    def share(self, group: Group) -> slice:
+        """The bytes of the buffer that a process of this group keeps."""
+        size = self.num_bytes // group.size
+        return slice(group.rank * size, (group.rank + 1) * size)
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters as views of a buffer."""
@@ -64,9 +69,8 @@ class Waiting:
 
     def __init__(self, packing: Packing, write: WritePart, runtime: Runtime, group: Group) -> None:
         self._group = group
-        size = packing.num_bytes // group.size
-        self._own = slice(group.rank * size, (group.rank + 1) * size)
-        self._share = runtime.host_buffer(size)
+        self._own = packing.share(group)
+        self._share = runtime.host_buffer(self._own.stop - self._own.start)
         packing.fill_share(self._share, self._own.start, write)
 
     def bring(self, place: torch.Tensor) -> None:
@@ -74,3 +78,6 @@ class Waiting:
         own = place[self._own]
         own.copy_(self._share, non_blocking=True)
         all_gather(self._group, place, own)
+
+    def brought(self, mark: Mark) -> None:
+        """The weights have been brought when this mark has passed; they wait here all the same."""

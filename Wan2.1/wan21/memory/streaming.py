@@ -8,7 +8,7 @@ The weights of the blocks are views of the room, for good.
 Promise: the same kernels on the same bits, so results are equal to those with all blocks on the device.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,13 @@ from typing import Literal
 import torch
 
 from wan21.memory.packing import Packing, Waiting
+from wan21.memory.reading import Fill, HostBudget, ReadAhead, Ring, Write, choose_pinned
 from wan21.parallel.world import Group
 from wan21.parts import InParts
 from wan21.runtime import Mark, Runtime
 from wan21.weights.load import put
 
 Unit = Literal["block", "part"]
-
-Write = Callable[[int, str, torch.Tensor, int], None]
-"""Fills a flat tensor with the elements of the named parameter of the block of this index, from a number on."""
 
 ALONE = Group()
 
@@ -106,7 +104,14 @@ def _spread(blocks: Sequence[Sequence[Piece]], resident_bytes: int) -> tuple[lis
     return kept, streamed
 
 
-def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: Runtime, group: Group = ALONE) -> None:
+def stream(
+    blocks: Sequence[InParts],
+    plan: StreamPlan,
+    write: Write,
+    runtime: Runtime,
+    group: Group = ALONE,
+    budget: HostBudget | None = None,
+) -> None:
     """Gives blocks on the meta device their weights: some to stay, the others to be brought in when they are entered.
 
     From here on the blocks own the buffers; they have to be run in order, one pass at a time.
@@ -117,15 +122,19 @@ def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: R
         write: where the weights come from.
         runtime: where they are used.
         group: the processes that stream the same blocks together.
+        budget: of pinned host memory; what it leaves no room for is read again and again. None: all is pinned.
+
+    Raises:
+        UsageError: the budget is too small.
 
     Memory: what the plan says on the device, and this process's share of what is streamed on the host (pinned on CUDA).
     """
+    waiting = _on_the_host(plan, write, runtime, group, budget)
     for piece in plan.resident:
         buffer = torch.empty(piece.num_bytes, dtype=torch.uint8, device=runtime.device)
         for name, view in piece.packing.views(buffer).items():
             write(piece.block, name, view.view(-1), 0)
             put(blocks[piece.block], name, view)
-    waiting = [Waiting(piece.packing, partial(write, piece.block), runtime, group) for piece in plan.streamed]
     conveyor = _Conveyor(plan, waiting, runtime)
     entries: dict[int, dict[str, tuple[int, bool, bool]]] = {index: {} for index in range(len(blocks))}
     for index, piece in enumerate(plan.streamed):
@@ -136,6 +145,39 @@ def stream(blocks: Sequence[InParts], plan: StreamPlan, write: Write, runtime: R
     for index, block in enumerate(blocks):
         block.enter_with(_Entry(conveyor, entries[index]))
         block.eval()
+
+
+def _on_the_host(
+    plan: StreamPlan, write: Write, runtime: Runtime, group: Group, budget: HostBudget | None
+) -> list[Waiting | ReadAhead]:
+    """Where each streamed piece comes from."""
+    shares = [piece.num_bytes // group.size for piece in plan.streamed]
+    pinned = frozenset(range(len(shares)))
+    if budget is not None:
+        pinned = choose_pinned(shares, budget.num_bytes, budget.taken_bytes)
+    read = [number for number in range(len(shares)) if number not in pinned]
+    ring: Ring | None = None
+    if budget is not None and read:
+        ring = Ring(read, max(shares[number] for number in read), partial(_filling, budget, plan, group), runtime)
+    return [
+        ReadAhead(piece.packing, number, ring, group)
+        if ring is not None and number not in pinned
+        else Waiting(piece.packing, partial(write, piece.block), runtime, group)
+        for number, piece in enumerate(plan.streamed)
+    ]
+
+
+@contextmanager
+def _filling(budget: HostBudget, plan: StreamPlan, group: Group) -> Iterator[Fill]:
+    """Opens the weights once more; gives what fills a buffer with this process's share of a streamed piece."""
+    with budget.open() as write:
+
+        def fill(number: int, buffer: torch.Tensor) -> None:
+            piece = plan.streamed[number]
+            own = piece.packing.share(group)
+            piece.packing.fill_share(buffer[: own.stop - own.start], own.start, partial(write, piece.block))
+
+        yield fill
 
 
 class _Entry:
@@ -166,7 +208,7 @@ class _Conveyor:
     comes as soon as nothing unfinished lies in its place.
     """
 
-    def __init__(self, plan: StreamPlan, waiting: Sequence[Waiting], runtime: Runtime) -> None:
+    def __init__(self, plan: StreamPlan, waiting: Sequence[Waiting | ReadAhead], runtime: Runtime) -> None:
         room = torch.empty(plan.room_bytes, dtype=torch.uint8, device=runtime.device)
         self._spans = [(plan.offset(i), plan.offset(i) + piece.num_bytes) for i, piece in enumerate(plan.streamed)]
         self.places = [room[start:stop] for start, stop in self._spans]
@@ -208,7 +250,9 @@ class _Conveyor:
                 self._stream.wait(self._stream.mark_current())  # what used this place before is over then
                 with self._stream.context():
                     self._waiting[index].bring(self.places[index])
-                self._holds[end], self._ready[end] = index, self._stream.mark()
+                mark = self._stream.mark()
+                self._waiting[index].brought(mark)
+                self._holds[end], self._ready[end] = index, mark
             self._brought += 1
 
     def _has_place(self, turn: int) -> bool:

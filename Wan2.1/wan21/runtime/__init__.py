@@ -16,8 +16,19 @@ from wan21.errors import UsageError
 from wan21.runtime.base import Mark, Memory, Runtime, Stream
 from wan21.runtime.cpu import CpuRuntime
 from wan21.runtime.cuda import CudaRuntime
+from wan21.runtime.host import whole_pages
 
-__all__ = ["CpuRuntime", "CudaRuntime", "Mark", "Memory", "Runtime", "Stream", "default_device", "make_runtime"]
+__all__ = [
+    "CpuRuntime",
+    "CudaRuntime",
+    "Mark",
+    "Memory",
+    "Runtime",
+    "Stream",
+    "default_device",
+    "make_runtime",
+    "whole_pages",
+]
 
 
 def make_runtime(device: str, *, memory_limit_bytes: int | None = None) -> Runtime:

@@ -36,6 +36,9 @@ class Runtime(ABC):
     is_asynchronous: bool
     """Whether the device works on while the host goes ahead."""
 
+    computes: bool = True
+    """Whether tensors hold values; where they do not, weights need not be read."""
+
     @property
     def capability(self) -> tuple[int, int] | None:
         """Compute capability of an NVIDIA GPU; None of other devices."""
@@ -131,3 +134,7 @@ class Mark(ABC):
     @abstractmethod
     def hold_current(self) -> None:
         """What the current (computing) stream does next waits until this mark has passed."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """The calling thread waits until this mark has passed."""

@@ -15,6 +15,9 @@ class _CpuMark(Mark):
     def hold_current(self) -> None:
         """Nothing to wait for."""
 
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
 
 class _CpuStream(Stream):
     def context(self) -> AbstractContextManager[object]:

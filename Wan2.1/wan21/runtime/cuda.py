@@ -31,6 +31,9 @@ class _CudaMark(Mark):
     def hold_current(self) -> None:
         torch.cuda.current_stream(None).wait_event(self.event)
 
+    def wait(self) -> None:
+        self.event.synchronize()
+
 
 class _CudaStream(Stream):
     def __init__(self, device: torch.device) -> None:

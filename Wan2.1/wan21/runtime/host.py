@@ -7,6 +7,11 @@ from collections.abc import Callable
 import torch
 
 
+def whole_pages(num_bytes: int) -> int:
+    """Bytes of the pages that a buffer takes."""
+    return -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 class HostPages:
     """Anonymous memory outside torch's allocators; counts the pages of the buffers that are alive."""
 
@@ -14,7 +19,7 @@ class HostPages:
         self.num_bytes = 0
 
     def allocate(self, num_bytes: int, pin: Callable[[torch.Tensor], Callable[[], None]] | None = None) -> torch.Tensor:
-        pages = mmap.mmap(-1, -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        pages = mmap.mmap(-1, whole_pages(num_bytes))
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         unpin = pin(buffer) if pin is not None else None
         self.num_bytes += len(pages)

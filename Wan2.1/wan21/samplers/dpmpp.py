@@ -3,6 +3,7 @@
 Letters: m an estimate of the data; index i is the step at hand, i - 1 the one before.
 """
 
+import torch
 from torch import Tensor
 
 from wan21.samplers.sampler import Sampler
@@ -39,7 +40,9 @@ class DPMSolverPP(Sampler):
         if self._previous is not None:
             r = (lambdas[index] - lambdas[index - 1]) / h
             prediction -= float(HALF * scale) * (float(ONE / r) * (data - self._previous))
-        self._previous = data
+        else:
+            self._previous = torch.empty_like(data)
+        self._previous.copy_(data)  # in the same place: no step leaves something new in device memory
         return prediction
 
     def _forget(self) -> None:

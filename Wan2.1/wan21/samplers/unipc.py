@@ -44,50 +44,50 @@ class UniPC(Sampler):
         product_dtype: in which a weight is multiplied with the older slope.
 
     Memory:
-        Kept between steps: two estimates and one sample.
+        Kept between steps: two estimates and one sample, in the same places from the first step to the last but one.
     """
 
     def __init__(self, *, num_steps: int, shift: float, product_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(make_schedule(num_steps, shift=shift, sigma_max=UNIPC_SIGMA_MAX))
         self._product_dtype = product_dtype
-        self._previous: Tensor | None = None  # m[i - 1]
-        self._earlier: Tensor | None = None  # m[i - 2]
-        self._corrected: Tensor | None = None  # x[i - 1]
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # m[i - 1], m[i - 2], x[i - 1]
 
     def _advance(self, index: int, data: Tensor, sample: Tensor) -> Tensor:
-        if self._previous is not None and self._corrected is not None:
-            sample = self._correct(index, data, self._previous, self._corrected)
-        self._earlier, self._previous, self._corrected = self._previous, data, sample
-        return self._predict(index, data, sample)
+        previous, earlier, corrected = self._kept or tuple(torch.empty_like(data) for _ in range(3))
+        if index > 0:
+            sample = self._correct(index, data, previous, earlier if index > 1 else None, corrected)
+        prediction = self._predict(index, data, sample, previous if index > 0 else None)
+        # Copied into places that are there from the first step on: no step leaves something new in device memory.
+        self._kept = (earlier.copy_(data), previous, corrected.copy_(sample))
+        return prediction
 
-    def _correct(self, index: int, data: Tensor, previous: Tensor, corrected: Tensor) -> Tensor:
-        """x[i], from m[i], m[i - 1] and x[i - 1]."""
+    def _correct(self, index: int, data: Tensor, previous: Tensor, earlier: Tensor | None, corrected: Tensor) -> Tensor:
+        """x[i], from m[i], m[i - 1], m[i - 2] and x[i - 1]."""
         sigmas, alphas, lambdas = self._schedule.sigmas, self._schedule.alphas, self._schedule.lambdas
         h = lambdas[index] - lambdas[index - 1]
         scale = alphas[index] * expm1(-h)
         slope = data - previous
-        if self._earlier is None:
+        if earlier is None:
             slope = float(HALF) * slope
         else:
             r = (lambdas[index - 2] - lambdas[index - 1]) / h
             weight_earlier, weight_newest = corrector_weights(h, r)
-            older = self._product(weight_earlier, (self._earlier - previous) / float(r))
+            older = self._product(weight_earlier, (earlier - previous) / float(r))
             slope = older + float(weight_newest) * slope
-            self._earlier = None
         base = float(sigmas[index] / sigmas[index - 1]) * corrected - float(scale) * previous
         return base - float(scale) * slope
 
-    def _predict(self, index: int, data: Tensor, sample: Tensor) -> Tensor:
+    def _predict(self, index: int, data: Tensor, sample: Tensor, previous: Tensor | None) -> Tensor:
         """The sample at the next noise level, from x[i], m[i] and m[i - 1]."""
         sigmas, alphas, lambdas = self._schedule.sigmas, self._schedule.alphas, self._schedule.lambdas
         h = lambdas[index + 1] - lambdas[index]
         scale = alphas[index + 1] * expm1(-h)
         prediction = float(sigmas[index + 1] / sigmas[index]) * sample - float(scale) * data
-        if self._earlier is None:
+        if previous is None:
             return prediction
         r = (lambdas[index - 1] - lambdas[index]) / h
         # A tensor without dimensions, as upstream's: times bfloat16 a CPU rounds it and a GPU does not.
-        return prediction - torch.tensor(float(scale)) * self._product(HALF, (self._earlier - data) / float(r))
+        return prediction - torch.tensor(float(scale)) * self._product(HALF, (previous - data) / float(r))
 
     def _product(self, weight: Scalar, slope: Tensor) -> Tensor:
         """A weight times a slope, both rounded first to the dtype of the result."""
@@ -96,4 +96,4 @@ class UniPC(Sampler):
         return float(torch.tensor(float(weight), dtype=self._product_dtype)) * slope.to(self._product_dtype)
 
     def _forget(self) -> None:
-        self._previous = self._earlier = self._corrected = None
+        self._kept = None

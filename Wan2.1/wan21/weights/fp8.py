@@ -13,7 +13,7 @@ SCALE = "_scale"
 
 
 class ScaledSource(Source):
-    """Another source, some of whose weights are stored in e4m3 with a scale for each output row.
+    """Another source, some of whose weights are stored in eight bits with a scale for each output row.
 
     A row depends on nothing but itself, so any stretch of a weight can be had, as from any source. Scales that were
     worked out with a weight are kept for when they are asked for; others are worked out then.
@@ -22,14 +22,16 @@ class ScaledSource(Source):
         source: of the weights as they are; closed with this one.
         names: of those that are quantised; each has two dimensions.
         device: where that happens.
+        dtype: of what is stored: e4m3 or int8.
 
     Memory: on that device STAGING_BYTES, and what the source stages; on the host four bytes for each output row.
     """
 
-    def __init__(self, source: Source, names: Collection[str], device: torch.device) -> None:
+    def __init__(self, source: Source, names: Collection[str], device: torch.device, dtype: torch.dtype = FP8) -> None:
         self._source = source
         self._names = frozenset(names)
         self._device = device
+        self._dtype = dtype
         self._scales: dict[str, torch.Tensor] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -85,7 +87,7 @@ class ScaledSource(Source):
         width = self._source.shape(name)[1]
         staged = torch.empty((stop - start, width), dtype=torch.float32, device=self._device)
         self._source.write_part(name, staged.view(-1), start * width)
-        values, scale = scale_rows_(staged)
+        values, scale = scale_rows_(staged, self._dtype)
         self._known(name)[start:stop] = scale.view(-1).cpu()
         return values
 

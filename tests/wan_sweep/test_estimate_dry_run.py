@@ -115,6 +115,19 @@ def test_more_chunks_of_decoding_add_only_what_the_longer_latents_take() -> None
     assert longer - short == 2 * num_more_chunks * latent_frame
 
 
+def test_the_vae_is_gone_when_the_allocator_lets_go_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(H100, Settings())
+    empty_cache, left = simulation.runtime.empty_cache, []
+
+    def noted() -> None:
+        left.append(simulation.runtime.memory().requested_bytes)
+        empty_cache()
+
+    monkeypatch.setattr(simulation.runtime, "empty_cache", noted)
+    run = dry_run(TINY.replace(offload=True, frame_num=9, sample_steps=1), simulation)
+    assert left[-1] - run.metrics["memory/base/libraries_bytes"] < run.metrics["memory/base/vae_bytes"] / 2
+
+
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_a_load_stages_what_drawing_the_weights_would(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def events(*, is_drawn: bool) -> list[tuple[int, int | None]]:

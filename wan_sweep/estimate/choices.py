@@ -26,11 +26,13 @@ aten: Any = torch.ops.aten
 
 
 def attention_kernel(query: torch.Tensor, card: Card) -> Attention:
-    """Which kernel torch takes for attention without a mask, in inference."""
+    """Which kernel torch takes for attention without a mask, in inference, of those that are allowed just now."""
     if query.dtype in HALF:
-        if card.prefers_cudnn_attention and query.shape[-1] <= CUDNN_MOST_HEAD_DIM:
+        may_be_flash = torch.backends.cuda.flash_sdp_enabled()
+        takes_cudnn = torch.backends.cuda.cudnn_sdp_enabled() and (card.prefers_cudnn_attention or not may_be_flash)
+        if takes_cudnn and query.shape[-1] <= CUDNN_MOST_HEAD_DIM:
             return "cudnn"
-        if query.shape[-1] <= FLASH_MOST_HEAD_DIM:
+        if may_be_flash and query.shape[-1] <= FLASH_MOST_HEAD_DIM:
             return "flash"
     return "efficient"
 

@@ -17,7 +17,9 @@ from wan_sweep.allocator import Allocator, Settings
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
 from wan_sweep.estimate.choices import CudaChoices
+from wan_sweep.estimate.fa3 import stand_in
 from wan_sweep.estimate.fake_device import fake_device
+from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
 from wan_sweep.estimate.runtime import EstimatingRuntime
@@ -112,6 +114,7 @@ class Simulation:
             FakeTensors(),
             StorageTracker(self.device, self.memory, self.card),
             CudaChoices(self.device, self.card),
+            stand_in(self.memory, row_for(self.card)[0].fa3_bytes_per_row),
         ):
             yield
 

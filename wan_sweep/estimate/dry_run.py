@@ -1,8 +1,9 @@
 """One job on a device without memory: the pipeline itself runs, on fake tensors, and a model counts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from wan_sweep.estimate.weights import UndrawnWeights
 from wan_sweep.measure.recorder import Recorder, Sink
 from wan_sweep.schema import Job
 
+EMPTY: Mapping[str, object] = MappingProxyType({})
 
-class FakeTensors(FakeTensorMode):
+
+class FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
     """Torch's own, without what keeps torch's compiler away from every operation: nothing is compiled here."""
 
     @classmethod
@@ -39,9 +42,9 @@ class FakeTensors(FakeTensorMode):
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 # an operation of torch carries no type
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] = EMPTY,
     ) -> Any:  # noqa: ANN401
         return self.dispatch(func, types, args, kwargs)
 

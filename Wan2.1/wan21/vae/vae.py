@@ -125,7 +125,7 @@ class Vae(nn.Module):
         latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=device)
         if plan.num_tiles > 1:
             local = self._local_of_all(pixels, (batch, t, h, w), plan)
-            features = (local[:, :, i : i + 1] for i in plan.latent_frames(t))
+            features: Iterator[Tensor] = (local[:, :, i : i + 1] for i in plan.latent_frames(t))
         else:
             features = self._local(pixels, t, (slice(0, height), slice(0, width)), Past(), plan)
         past = Past()

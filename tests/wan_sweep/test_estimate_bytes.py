@@ -11,6 +11,7 @@ from torch.nn import functional
 from wan21.attention import choose_attention
 from wan21.config import MODELS, AttentionKernel, DitConfig
 from wan21.dit.block import Block
+from wan21.dit.context import Context
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
 from wan_sweep.allocator import Settings
@@ -218,7 +219,7 @@ def test_a_transformer_block_peaks_where_a_count_by_hand_says(simulation: Simula
         block = Block(DIT, BF16, Operations())
     residual = tensor(simulation, 1, num_tokens, dim, dtype=FP32)
     time = tensor(simulation, 1, 6, dim, dtype=FP32)
-    context = tensor(simulation, 1, 128, dim)
+    context = Context(tensor(simulation, 1, 128, dim))
     turns = tensor(simulation, num_tokens, 1, DIT.head_dim // 2, dtype=torch.complex64)
     room = tensor(simulation, 2, 1, num_tokens, DIT.num_heads, DIT.head_dim)
     peak, rest = peak_and_rest(

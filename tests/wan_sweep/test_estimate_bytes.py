@@ -263,6 +263,16 @@ def test_the_shipped_tables_are_read_and_there_is_one_of_the_default_card() -> N
     assert all(row.context_bytes > 2**29 for row in rows())
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype", "few"),
+    [(3, "float32", True), (3, "bfloat16", True), (4, "float32", False), (96, "bfloat16", False)],
+)
+def test_tiles_are_measured_where_channels_do_not_divide_by_what_is_read_at_once(
+    channels: int, dtype: str, *, few: bool
+) -> None:
+    assert calibrate.has_few_channels(channels, dtype) == few
+
+
 def test_calibrating_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

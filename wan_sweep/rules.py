@@ -58,6 +58,8 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         request = build_request(job)
         job = job.replace(vae_budget_gib=vae_budget(job, request))
         check_device(build_options(job), device)
+        if is_estimate:
+            check_capability(build_options(job), card_named(str(job.card)).capability)
         job = job.replace(
             size=request.size,
             frame_num=request.frame_num,
@@ -158,7 +160,6 @@ def _check_mode(job: Job) -> None:
             f"linear_format={job.linear_format} cannot be estimated: it was not compared with measured runs; choose "
             "linear_format=same"
         )
-    check_capability(build_options(job), card_named(str(job.card)).capability)
     if job.use_prompt_extend:
         raise UsageError(
             "use_prompt_extend=true cannot be estimated: the language model is not gone through; choose false, which "

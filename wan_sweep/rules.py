@@ -6,20 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from wan21.config import (
-    FA3_KERNELS,
-    ModelSpec,
-    Request,
-    check_capability,
-    check_device,
-    check_host_budget,
-    model_spec,
-)
+from wan21.config import ModelSpec, Request, check_capability, check_device, check_host_budget, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
 from wan_sweep.build import build_extension, build_layout, build_options, build_request
-from wan_sweep.cards import DEFAULT_CARD, card_like
+from wan_sweep.cards import DEFAULT_CARD, card_like, card_named
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
 from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
@@ -66,6 +58,8 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         request = build_request(job)
         job = job.replace(vae_budget_gib=vae_budget(job, request))
         check_device(build_options(job), device)
+        if is_estimate:
+            check_capability(build_options(job), card_named(str(job.card)).capability)
         job = job.replace(
             size=request.size,
             frame_num=request.frame_num,
@@ -161,11 +155,6 @@ def _check_mode(job: Job) -> None:
         raise UsageError(
             "device=cpu cannot be estimated, for estimates are of cards; leave card and mode=estimate out to measure "
             "on the CPU, or leave device=cpu out"
-        )
-    if job.attention_kernel in FA3_KERNELS:
-        raise UsageError(
-            f"attention_kernel={job.attention_kernel} cannot be estimated: what it allocates is in no table; choose "
-            "attention_kernel=sdpa"
         )
     if job.linear_format != "same":
         raise UsageError(

@@ -38,7 +38,7 @@ from wan21.runtime import Runtime
 from wan21.samplers import Sampler, make_sampler
 from wan21.shapes import VideoShape
 from wan21.text.umt5 import TextEncoder
-from wan21.vae import choose_plan
+from wan21.vae import WHOLE, choose_plan
 from wan21.vae.vae import Pixels, Vae
 from wan21.vae.warm_up import warm_up
 
@@ -229,9 +229,9 @@ class TextToVideo:
     def _encode_pixels(self, vae: Vae, pixels: Pixels, shape: tuple[int, int, int, int]) -> torch.Tensor:
         """Latents of B, T, H, W pixels, in tiles if there is a budget."""
         if self._options.vae_budget_gib is None:
-            return vae.encode_pixels(pixels, shape)
+            return vae.encode_pixels(pixels, shape, self._runtime.as_planned(WHOLE))
         plan = vae.encode_budget(shape).best_plan(int(self._options.vae_budget_gib * 2**30))
-        return vae.encode_pixels(pixels, shape, plan)
+        return vae.encode_pixels(pixels, shape, self._runtime.as_planned(plan))
 
     def _denoise(
         self,
@@ -363,6 +363,6 @@ class TextToVideo:
         for index, latent in enumerate(latents):
             with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
                 t, h, w = latent.shape[2:]
-                plan = self._runtime.as_decoded(choose_plan(self._spec, self._options, (t, h, w)))
+                plan = self._runtime.as_planned(choose_plan(self._spec, self._options, (t, h, w)))
                 videos.append(decode(vae.module, latent, plan, self._world, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from wan21.config import MODELS, DitConfig
+from wan21.attention import choose_attention
+from wan21.config import MODELS, AttentionKernel, DitConfig
 from wan21.dit.block import Block
+from wan21.dit.context import Context
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
 from wan_sweep.allocator import Settings
@@ -18,6 +20,7 @@ from wan_sweep.estimate import calibrate
 from wan_sweep.estimate.dry_run import Simulation
 from wan_sweep.estimate.kernel_table import row_for, rows
 from wan_sweep.estimate.kernels import heard_convolutions, signature
+from wan_sweep.estimate.memory import Take
 from wan_sweep.units import MIB
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -84,6 +87,34 @@ def test_attention_takes_its_result_and_what_the_kernel_of_the_card_keeps(
         beside = 0 if card.name == "H100-80GB" else 4 * rows  # cuDNN; flash with one log-sum-exp a row
     assert rest == rows * width * dtype.itemsize
     assert peak == rest + beside
+
+
+@pytest.mark.parametrize(("kernel", "beside"), [("cudnn", 0), ("flash", 4), ("fa3", 4)])
+def test_a_kernel_that_is_asked_for_is_the_one_that_is_counted(
+    simulation: Simulation, kernel: AttentionKernel, beside: int
+) -> None:
+    q, k, v = (tensor(simulation, 1, LENGTH, HEADS, WIDTH) for _ in range(3))
+    peak, rest = peak_and_rest(simulation, lambda: choose_attention(kernel)(q, k, v))
+    assert rest == q.nbytes
+    assert peak == rest + beside * HEADS * LENGTH
+
+
+def test_flash_attention_3_takes_what_was_measured_and_is_a_guess_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h100 = card_named("H100-80GB")
+    row = replace(row_for(h100)[0], fa3_bytes_per_row=12)
+    monkeypatch.setattr("wan_sweep.estimate.kernel_table.rows", lambda: (row,))
+    simulation = Simulation(h100, Settings())
+    taken: list[Take] = []
+    simulation.memory.listeners.append(lambda event: taken.append(event) if isinstance(event, Take) else None)
+    with simulation.running():
+        q = tensor(simulation, 1, LENGTH, HEADS, WIDTH)
+        choose_attention("fa3")(q, q, q)
+    assert [(one.holding.num_bytes, one.holding.basis) for one in taken][1:] == [
+        (q.nbytes, "exact"),
+        (12 * HEADS * LENGTH, "table"),
+    ]
 
 
 def test_heads_of_attention_can_be_joined_without_a_copy(simulation: Simulation) -> None:
@@ -188,7 +219,7 @@ def test_a_transformer_block_peaks_where_a_count_by_hand_says(simulation: Simula
         block = Block(DIT, BF16, Operations())
     residual = tensor(simulation, 1, num_tokens, dim, dtype=FP32)
     time = tensor(simulation, 1, 6, dim, dtype=FP32)
-    context = tensor(simulation, 1, 128, dim)
+    context = Context(tensor(simulation, 1, 128, dim))
     turns = tensor(simulation, num_tokens, 1, DIT.head_dim // 2, dtype=torch.complex64)
     room = tensor(simulation, 2, 1, num_tokens, DIT.num_heads, DIT.head_dim)
     peak, rest = peak_and_rest(
@@ -230,6 +261,16 @@ def test_the_shipped_tables_are_read_and_there_is_one_of_the_default_card() -> N
     assert row_for(card_named("H100-80GB"))[1]
     assert not row_for(card_named("RTX4060-8GB"))[1]
     assert all(row.context_bytes > 2**29 for row in rows())
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "few"),
+    [(3, "float32", True), (3, "bfloat16", True), (4, "float32", False), (96, "bfloat16", False)],
+)
+def test_tiles_are_measured_where_channels_do_not_divide_by_what_is_read_at_once(
+    channels: int, dtype: str, *, few: bool
+) -> None:
+    assert calibrate.has_few_channels(channels, dtype) == few
 
 
 def test_calibrating_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,23 @@ TINY = Job(model="tiny", device="cuda")
 JOBS = {
     "tiled": TINY.replace(size="256*160", frame_num=13, vae_budget_gib=0.01, offload=True, sample_steps=1),
     "streamed": TINY.replace(load_strategy="block", offload=True, attention_slicing=True, precision="fp32"),
+    "controlled": Job(model="tiny-vace", device="cuda").replace(
+        size="160*96", frame_num=17, vae_budget_gib=0.012, load_strategy="part", offload=True, sample_steps=1
+    ),
     "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
 }
+
+
+def highest(simulation: Simulation) -> dict[str, tuple[object, ...]]:
+    """Where each phase's peak was, what asked for it, and what was there besides."""
+    return {
+        phase: (
+            moment.place,
+            moment.operation,
+            sorted((one.operation, one.num_bytes, one.shape or (), one.place.phase) for one in moment.holdings),
+        )
+        for phase, moment in simulation.memory.peaks().items()
+    }
 
 
 def bytes_of(run: DryRun) -> dict[str, int | float]:
@@ -37,17 +52,27 @@ def job(request: pytest.FixtureRequest) -> Job:
 
 
 @pytest.fixture(scope="module")
-def predicted(job: Job) -> DryRun:
-    return dry_run(job, Simulation(H100, Settings()))
+def simulation(job: Job) -> Simulation:
+    assert job.model
+    return Simulation(H100, Settings())
+
+
+@pytest.fixture(scope="module")
+def predicted(job: Job, simulation: Simulation) -> DryRun:
+    return dry_run(job, simulation)
 
 
 def test_a_second_meta_device_gives_the_same_bytes_as_fake_cuda(job: Job, predicted: DryRun) -> None:
-    simulation = Simulation(H100, Settings(), device=STAND_IN)
-    assert bytes_of(dry_run(job, simulation)) == bytes_of(predicted)
+    stand_in = Simulation(H100, Settings(), device=STAND_IN)
+    assert bytes_of(dry_run(job, stand_in)) == bytes_of(predicted)
 
 
-def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(job: Job, predicted: DryRun) -> None:
-    every = dry_run(job, Simulation(H100, Settings(), repeats_blocks=False))
+def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(
+    job: Job, predicted: DryRun, simulation: Simulation
+) -> None:
+    long_way = Simulation(H100, Settings(), repeats_blocks=False)
+    every = dry_run(job, long_way)
+    assert highest(long_way) == highest(simulation)
     assert bytes_of(every) == bytes_of(predicted)
     assert every.series["step/reserved_bytes"] == predicted.series["step/reserved_bytes"]
     assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
@@ -96,6 +121,19 @@ def test_more_chunks_of_decoding_add_only_what_the_longer_latents_take() -> None
     latent_frame = 16 * (96 // 8) * (160 // 8) * 4
     # The latents, and what the VAE makes of them before it goes through them frame by frame.
     assert longer - short == 2 * num_more_chunks * latent_frame
+
+
+def test_the_vae_is_gone_when_the_allocator_lets_go_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(H100, Settings())
+    empty_cache, left = simulation.runtime.empty_cache, []
+
+    def noted() -> None:
+        left.append(simulation.runtime.memory().requested_bytes)
+        empty_cache()
+
+    monkeypatch.setattr(simulation.runtime, "empty_cache", noted)
+    run = dry_run(TINY.replace(offload=True, frame_num=9, sample_steps=1), simulation)
+    assert left[-1] - run.metrics["memory/base/libraries_bytes"] < run.metrics["memory/base/vae_bytes"] / 2
 
 
 @pytest.mark.parametrize("place", ["device", "host"])

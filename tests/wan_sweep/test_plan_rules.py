@@ -234,7 +234,9 @@ def test_without_a_gpu_the_plain_kernels_are_taken_and_fused_ones_refused() -> N
     assert (job.kernels, job.attention_kernel) == ("torch", "sdpa")
     estimated = resolve(Job(kernels="auto", attention_kernel="auto"), machine).job
     assert (estimated.kernels, estimated.attention_kernel) == ("fused", "sdpa")
-    assert "is in no table" in resolve(Job(attention_kernel="fa3", precision="bf16"), machine).refusal
+    fa3 = Job(attention_kernel="fa3", precision="bf16", mode="estimate")
+    assert resolve(fa3, machine).refusal == ""
+    assert "needs a Hopper GPU" in resolve(fa3.replace(card="RTX4090-24GB"), machine).refusal
     assert "choose kernels=torch" in resolve(Job(kernels="fused", device="cpu"), machine).refusal
     assert "was not compared with measured runs" in resolve(Job(linear_format="fp8_weights"), machine).refusal
 

@@ -1,17 +1,20 @@
-"""`python -m wan_sweep.estimate.calibrate [FOLDER]`: measures on this GPU what no rule tells, as a kernel table.
+"""`python -m wan_sweep.estimate.calibrate [FOLDER [SHAPES]]`: measures on this GPU what no rule tells, as a table.
 
 The shapes come from estimates of the released models, made in a child process that sees no GPU; each distinct
-convolution then runs once here, and what the allocator's peak rose by beyond the result is what cuDNN took.
+convolution then runs once here, and what the allocator's peak rose by beyond the result is what cuDNN took. They take a
+minute or two, so where a GPU's time is dear they can be made elsewhere before: `... calibrate --shapes > SHAPES`.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wan_sweep.cards import CARDS, DEFAULT_CARD, card_like
+from wan_sweep.cards import CARDS, DEFAULT_CARD, HOPPER, card_like
 from wan_sweep.environment import read_machine
 from wan_sweep.errors import UsageError
 from wan_sweep.estimate.kernel_table import TABLES, KernelTable
@@ -25,7 +28,14 @@ WORKLOADS = tuple(
     for frames in (1, 81)
     for precision in ("fp32", "bf16")
 )
-"""Whole frames; tiles have too many shapes, and follow the rule."""
+"""Whole frames, of which every convolution counts."""
+TILED = tuple(
+    {"model": "t2v-14B", "size": size, "frame_num": 17, "vae_precision": precision, "vae_budget_gib": budget}
+    for size in ("832*480", "1280*720")
+    for precision, budget in (("fp32", 1.5), ("bf16", 0.69))
+)
+"""Tiles have many shapes that follow the rule; those with few channels, which may not, are measured."""
+FA3_SHAPE = (1, 2048, 12, 128)
 
 
 def convolution_shapes() -> list[dict[str, Any]]:
@@ -35,11 +45,26 @@ def convolution_shapes() -> list[dict[str, Any]]:
     from wan_sweep.estimate.kernels import heard_convolutions
 
     card = CARDS[DEFAULT_CARD]
-    with heard_convolutions() as heard:
-        for knobs in WORKLOADS:
-            job = Job(device="cuda", offload=True, load_strategy="part", sample_steps=1).replace(**knobs)
-            dry_run(job, Simulation(card, Settings()))
-    return list(heard.values())
+
+    def heard_in(workloads: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        with heard_convolutions() as heard:
+            for knobs in workloads:
+                job = Job(device="cuda", offload=True, load_strategy="part", sample_steps=1).replace(**knobs)
+                dry_run(job, Simulation(card, Settings()))
+        return heard
+
+    tiled = {key: one for key, one in heard_in(TILED).items() if has_few_channels(one["weight"][0], one["dtype"])}
+    return list((heard_in(WORKLOADS) | tiled).values())
+
+
+def has_few_channels(num_channels: int, dtype: str) -> bool:
+    """Whether the channels of a result do not divide by what kernels read at once."""
+    import torch
+
+    from wan_sweep.estimate.kernels import VECTOR_BYTES
+
+    itemsize: int = getattr(torch, dtype).itemsize
+    return num_channels * itemsize % VECTOR_BYTES != 0
 
 
 def measured_convolution(described: dict[str, Any]) -> int:
@@ -74,8 +99,31 @@ def linear_workspace_bytes() -> int:
     return int(torch.cuda.memory_stats()["requested_bytes.all.current"] - before)
 
 
-def calibrate(folder: Path) -> Path:
+def fa3_bytes_per_row() -> int | None:
+    """What FlashAttention-3 takes beside its result for each query and head; None where it is not, or cannot be."""
+    import torch
+
+    if find_spec("fa3_fwd_interface") is None or torch.cuda.get_device_capability()[0] != HOPPER[0]:
+        return None
+    from wan21.attention import choose_attention
+
+    attend = choose_attention("fa3")
+    x = torch.zeros(FA3_SHAPE, device="cuda", dtype=torch.bfloat16)
+    attend(x, x, x)  # what stays from a first call is no part of each one
+    torch.cuda.reset_peak_memory_stats()
+    before = int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+    out = attend(x, x, x)
+    peak = int(torch.cuda.memory_stats()["requested_bytes.all.peak"])
+    batch, length, heads, _ = FA3_SHAPE
+    return round((peak - before - out.nbytes) / (batch * length * heads))
+
+
+def calibrate(folder: Path, shapes: Path | None = None) -> Path:
     """Measures, and writes the table of this GPU.
+
+    Args:
+        folder: where to.
+        shapes: of convolutions, if they were made before.
 
     Raises:
         UsageError: there is no GPU, or none that is among the known cards.
@@ -87,17 +135,13 @@ def calibrate(folder: Path) -> Path:
     if card is None:
         known = ", ".join(CARDS)
         raise UsageError(f"{machine.gpus[0].name} is not among the cards {known}; add it to wan_sweep/cards.py first")
-    told = subprocess.run(
-        [sys.executable, "-m", "wan_sweep.estimate.calibrate", SHAPES],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    told = _shapes_of_a_child() if shapes is None else shapes.read_text("utf-8")
     import torch
 
     cublaslt = linear_workspace_bytes()
+    fa3 = fa3_bytes_per_row()
     convolutions = {}
-    for described in json.loads(told.stdout):
+    for described in json.loads(told):
         try:
             convolutions[described["signature"]] = measured_convolution(described)
         except torch.OutOfMemoryError:
@@ -114,17 +158,28 @@ def calibrate(folder: Path) -> Path:
         cudnn=f"{version // 10000}.{version // 100 % 100}",
         context_bytes=outside,
         cublaslt_workspace_bytes=cublaslt,
+        fa3_bytes_per_row=fa3,
         convolutions=convolutions,
     ).save(folder)
 
 
+def _shapes_of_a_child() -> str:
+    told = subprocess.run(
+        [sys.executable, "-m", "wan_sweep.estimate.calibrate", SHAPES],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return told.stdout.decode()
+
+
 def main(arguments: list[str]) -> int:
-    """Writes a table into the folder named, by default among the package's own."""
+    """Writes a table into the folder named, by default among the package's own; or shapes to standard output."""
     if arguments == [SHAPES]:
         sys.stdout.write(json.dumps(convolution_shapes()))
         return 0
     try:
-        path = calibrate(Path(arguments[0]) if arguments else TABLES)
+        path = calibrate(*map(Path, arguments)) if arguments else calibrate(TABLES)
     except UsageError as error:
         sys.stderr.write(f"wan_sweep: {error}\n")
         return error.exit_code

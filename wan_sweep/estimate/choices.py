@@ -26,11 +26,14 @@ aten: Any = torch.ops.aten
 
 
 def attention_kernel(query: torch.Tensor, card: Card) -> Attention:
-    """Which kernel torch takes for attention without a mask, in inference."""
+    """Which kernel torch takes for attention without a mask, in inference, of those that are allowed just now."""
     if query.dtype in HALF:
-        if card.prefers_cudnn_attention and query.shape[-1] <= CUDNN_MOST_HEAD_DIM:
+        allowed: Any = torch.backends.cuda  # carries no types
+        may_be_flash = allowed.flash_sdp_enabled()
+        takes_cudnn = allowed.cudnn_sdp_enabled() and (card.prefers_cudnn_attention or not may_be_flash)
+        if takes_cudnn and query.shape[-1] <= CUDNN_MOST_HEAD_DIM:
             return "cudnn"
-        if query.shape[-1] <= FLASH_MOST_HEAD_DIM:
+        if may_be_flash and query.shape[-1] <= FLASH_MOST_HEAD_DIM:
             return "flash"
     return "efficient"
 

@@ -1,8 +1,9 @@
 """One job on a device without memory: the pipeline itself runs, on fake tensors, and a model counts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from wan21.assets import Assets
 from wan21.events import Span, together
 from wan21.pipeline import TextToVideo
 from wan21.text.tokenizer import Tokenizer
+from wan21.vae.choose import choose_plan
 from wan_sweep.allocator import Allocator, Settings
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
 from wan_sweep.estimate.choices import CudaChoices
+from wan_sweep.estimate.fa3 import stand_in
 from wan_sweep.estimate.fake_device import fake_device
+from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
 from wan_sweep.estimate.runtime import EstimatingRuntime
@@ -24,6 +28,26 @@ from wan_sweep.estimate.tracker import StorageTracker
 from wan_sweep.estimate.weights import UndrawnWeights
 from wan_sweep.measure.recorder import Recorder, Sink
 from wan_sweep.schema import Job
+
+EMPTY: Mapping[str, object] = MappingProxyType({})
+
+
+class FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
+    """Torch's own, without what keeps torch's compiler away from every operation: nothing is compiled here."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 # an operation of torch carries no type
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] = EMPTY,
+    ) -> Any:  # noqa: ANN401
+        return self.dispatch(func, types, args, kwargs)
+
 
 MOST_STEPS = 4
 """The first step, the second, one with the solver's history full, and the last, which forgets it; others repeat."""
@@ -90,9 +114,10 @@ class Simulation:
         """Inside it tensors on the device are fake, and all of them are counted."""
         with (
             torch.no_grad(),
-            FakeTensorMode(),
+            FakeTensors(),
             StorageTracker(self.device, self.memory, self.card),
             CudaChoices(self.device, self.card),
+            stand_in(self.memory, row_for(self.card)[0].fa3_bytes_per_row),
         ):
             yield
 
@@ -121,6 +146,7 @@ def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, s
     request = replace(request, num_steps=min(request.num_steps, most_steps))
     tokenizer = Tokenizer.built_in(max_tokens=spec.text.text_len)
     assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
+    choose_plan(spec, options, request.shape.latent)  # which is kept; outside of the run torch builds modules faster
     error: Exception | None = None
     with simulation.running():
         try:

@@ -25,6 +25,7 @@ class KernelTable:
         card, torch, cuda, cudnn: where it was measured.
         context_bytes: the most that a process holds outside torch's allocator: context, kernels, library buffers.
         cublaslt_workspace_bytes: what stays from the first linear layer with a bias on, for each stream.
+        fa3_bytes_per_row: what FlashAttention-3 takes besides its result for each query and head; None: not measured.
         convolutions: what a convolution takes besides its result, by `kernels.signature`; others follow a rule.
     """
 
@@ -34,6 +35,7 @@ class KernelTable:
     cudnn: str
     context_bytes: int
     cublaslt_workspace_bytes: int
+    fa3_bytes_per_row: int | None = None
     convolutions: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:

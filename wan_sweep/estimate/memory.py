@@ -1,6 +1,6 @@
 """The device's memory as an estimate keeps it: torch's allocator as a model, its peak registers, and who holds what."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -99,6 +99,7 @@ class DeviceMemory:
         place: where the run is; `at` changes it.
         stream: on which the run is.
         listeners: get every event.
+        storages: the number of the holding of each tensor's storage that is alive, by where torch keeps it.
         unknown_operations: kernels of others, of which only the results are counted.
     """
 
@@ -106,6 +107,7 @@ class DeviceMemory:
         self.place = Place()
         self.stream = 0
         self.listeners: list[Callable[[Event], None]] = []
+        self.storages: dict[int, int] = {}
         self.unknown_operations: set[str] = set()
         self._allocator = allocator
         self._holdings: dict[int, Holding] = {}
@@ -118,6 +120,7 @@ class DeviceMemory:
         self._moments: dict[str, Moment] = {}
         self._unsaved: tuple[Place, str] | None = None
         self._last_layout: Layout | None = None
+        self._label: Holding | None = None
 
     @contextmanager
     def at(self, place: Place) -> Iterator[None]:
@@ -142,6 +145,7 @@ class DeviceMemory:
         """
         allocator = self._allocator
         self._last_layout = None
+        holding, self._label = self._label or holding, None
         try:
             block = allocator.malloc(holding.num_bytes, self.stream)
         except OutOfMemoryError as error:
@@ -212,19 +216,36 @@ class DeviceMemory:
             self._peaks = _larger(self._peaks, known.peaks)
             return known
         outer_peaks, self._peaks = self._peaks, (0, 0, 0, 0)
+        try:
+            self.go_through(events)
+            return Repetition(layout, self._layout(), self._peaks)
+        finally:
+            self._peaks = _larger(self._peaks, outer_peaks)
+
+    def go_through(self, events: Sequence[Event], tensors: Mapping[int, Callable[[], None]] | None = None) -> None:
+        """Takes and gives what events say, at the present place.
+
+        Args:
+            events: holdings that end in them begin in them.
+            tensors: for those holdings that do not end, by their numbers: what makes the tensor that each is of, and so
+                takes it.
+        """
         outer_stream = self.stream
         numbers: dict[int, int] = {}
         try:
             for event in events:
-                if isinstance(event, Take):
-                    self.stream = event.stream
-                    numbers[event.number] = self.take(replace(event.holding, place=self.place))
-                else:
+                if not isinstance(event, Take):
                     self.give(numbers.pop(event.number))
-            return Repetition(layout, self._layout(), self._peaks)
+                    continue
+                self.stream = event.stream
+                holding = replace(event.holding, place=self.place)
+                if tensors is not None and event.number in tensors:
+                    self._label = holding  # whatever operation makes the tensor now
+                    tensors[event.number]()
+                else:
+                    numbers[event.number] = self.take(holding)
         finally:
             self.stream = outer_stream
-            self._peaks = _larger(self._peaks, outer_peaks)
 
     def _layout(self) -> Layout:
         if self._last_layout is None:

@@ -7,6 +7,7 @@ allocates depends on the kind of block, on the tensors' shapes, and on nothing e
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,36 @@ from wan21.dit.residual import Windowed
 from wan_sweep.estimate.memory import DeviceMemory, Event, Repetition, Take
 
 
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A tensor that a block returned and that is all of its storage.
+
+    Attributes:
+        number: of the holding.
+    """
+
+    number: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> torch.Tensor:
+        """Another one like it."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
 @dataclass(slots=True)
 class _Recording:
-    """What a block did, which of its arguments it returned, and what came of the last repetition."""
+    """What a block did.
+
+    Attributes:
+        returned: which of its arguments, or the tensors that it made.
+        last: what came of the last repetition, where nothing was made.
+    """
 
     events: tuple[Event, ...]
-    returned: int
+    returned: int | tuple[_Result, ...]
     last: Repetition | None = None
 
 
@@ -54,15 +79,51 @@ class Replays:
         key = (type(block), *map(_signature, block.parameters()), *map(_signature, args))
         recording = self._recordings.get(key)
         if recording is not None:
-            recording.last = self._memory.repeat(recording.events, recording.last)
-            return args[recording.returned]
+            return self._repeat(recording, args)
         with self._listening() as events:
             result = block(*args)
-        returned = next((index for index, argument in enumerate(args) if argument is result), None)
-        # A block that returns something new, or whose memory outlives it, cannot be repeated: its tensors are needed.
-        if returned is not None and _is_closed(events):
+        returned = self._returned(result, args, events)
+        if returned is not None:
             self._recordings[key] = _Recording(tuple(events), returned)
         return result
+
+    def _repeat(self, recording: _Recording, args: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        if isinstance(recording.returned, int):
+            recording.last = self._memory.repeat(recording.events, recording.last)
+            return args[recording.returned]
+        made: dict[int, torch.Tensor] = {}
+
+        def make(result: _Result) -> None:
+            made[result.number] = result.make()
+
+        self._memory.go_through(
+            recording.events, {result.number: partial(make, result) for result in recording.returned}
+        )
+        return tuple(made[result.number] for result in recording.returned)
+
+    def _returned(self, result: object, args: tuple[Any, ...], events: list[Event]) -> int | tuple[_Result, ...] | None:
+        """What to return the next time; None: it cannot be repeated, for its tensors are needed as they are."""
+        lasting = _lasting(events)
+        if lasting is None:
+            return None
+        index = next((index for index, argument in enumerate(args) if argument is result), None)
+        if index is not None:
+            return None if lasting else index
+        if not isinstance(result, tuple) or not all(isinstance(one, torch.Tensor) for one in result):
+            return None
+        made = tuple(map(self._result, result))
+        if None in made or {one.number for one in made if one} != lasting or len(made) != len(lasting):
+            return None
+        return tuple(one for one in made if one)
+
+    def _result(self, tensor: torch.Tensor) -> _Result | None:
+        """How to make such a tensor; None if it is a part of something."""
+        storage = tensor.untyped_storage()
+        number = self._memory.storages.get(storage._cdata)  # noqa: SLF001 # as the tracker knows it
+        is_all = tensor.storage_offset() == 0 and storage.nbytes() == tensor.numel() * tensor.element_size()
+        if number is None or not is_all:
+            return None
+        return _Result(number, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     @contextmanager
     def _listening(self) -> Iterator[list[Event]]:
@@ -101,8 +162,8 @@ def _signature(value: object) -> object:
     return value
 
 
-def _is_closed(events: list[Event]) -> bool:
-    """Whether what came has gone, and nothing else has."""
+def _lasting(events: list[Event]) -> set[int] | None:
+    """The holdings that have come and not gone; None if something has gone that was there before."""
     taken = {event.number for event in events if isinstance(event, Take)}
     given = {event.number for event in events if not isinstance(event, Take)}
-    return taken == given
+    return taken - given if given <= taken else None

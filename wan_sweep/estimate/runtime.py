@@ -165,7 +165,7 @@ class EstimatingRuntime(Runtime):
     def as_run(self, blocks: Iterable[nn.Module]) -> Iterable[nn.Module]:
         return self._replays.through(blocks)
 
-    def as_decoded(self, plan: P) -> P:
+    def as_planned(self, plan: P) -> P:
         if not self._replays.is_on or not isinstance(plan, DecodePlan):
             return plan
         shortened = Shortened(

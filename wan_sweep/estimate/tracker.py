@@ -13,6 +13,8 @@ from wan_sweep.estimate.memory import DeviceMemory, Holding
 
 KNOWN_NAMESPACES = frozenset({"aten", "prim", "prims", "wan21"})
 """Whose operations allocate what their fakes, or the table, say; wan21's own kernels take nothing for themselves."""
+OURS = "wan21"
+DEVICE: Any = torch.ops.prim.device.default
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
@@ -35,6 +37,11 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._kept: set[tuple[int, Hidden]] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled around here, and to see to that with every operation takes as long as the tracker."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 # an operation of torch carries no type
@@ -42,9 +49,13 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
+        if func is DEVICE:  # asked of every tensor all the time
+            return args[0].device
         kernel = self._kernels.get(func)
         if func.namespace not in KNOWN_NAMESPACES:
             self._memory.unknown_operations.add(str(func))
+        elif func.namespace == OURS and not func._schema.returns:  # noqa: SLF001 # the only way to see it
+            return None  # it writes where it is told to, and here there is nothing to write
         if kernel is None or args[0].device != self._device:
             out = func(*args, **(kwargs or {}))
             self._see_all(out, func)
@@ -80,9 +91,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
             dtype=tensor.dtype,
         )
         number = self._memory.take(holding)
+        self._memory.storages[key] = number
 
         def gone(_: object) -> None:
-            del self._known[key]
+            del self._known[key], self._memory.storages[key]
             self._memory.give(number)
 
         self._known[key] = weakref.ref(storage, gone)

@@ -103,8 +103,8 @@ class Runtime(ABC):
     def run_ahead(self, launches: Iterable[Callable[[], object]]) -> None:  # noqa: B027  # most compile nothing
         """Runs what would else be compiled in the middle of a run. Here nothing is compiled."""
 
-    def as_decoded(self, plan: P) -> P:
-        """A plan of decoding as it is carried out here: itself. One that only counts need not go through all frames."""
+    def as_planned(self, plan: P) -> P:
+        """The VAE's plan as it is carried out here: itself. One that only counts need not go through all frames."""
         return plan
 
 

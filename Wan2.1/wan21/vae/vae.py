@@ -124,11 +124,12 @@ class Vae(nn.Module):
         mean, inverse_std = _latent_statistics(device)
         latents = torch.empty((batch, self.z_dim, t, h, w), dtype=torch.float32, device=device)
         if plan.num_tiles > 1:
-            features = iter(self._local_of_all(pixels, (batch, t, h, w), plan).split(1, dim=2))
+            local = self._local_of_all(pixels, (batch, t, h, w), plan)
+            features: Iterator[Tensor] = (local[:, :, i : i + 1] for i in plan.latent_frames(t))
         else:
             features = self._local(pixels, t, (slice(0, height), slice(0, width)), Past(), plan)
         past = Past()
-        for i in range(t):
+        for i in plan.latent_frames(t):
             past.is_first, past.is_last = i == 0, i == t - 1
             mu = self.conv1(self.encoder.low(next(features), past))[:, : self.z_dim]
             latents[:, :, i : i + 1] = (mu.float() - mean) * inverse_std
@@ -237,7 +238,7 @@ class Vae(nn.Module):
     ) -> Iterator[Tensor]:
         """The encoder's local parts for each latent frame of a window of the video: t times [B, C', 1, h', w']."""
         encoder = cast("Encoder", self.encoder)
-        for i in range(num_latent_frames):
+        for i in plan.latent_frames(num_latent_frames):
             past.is_first, past.is_last = i == 0, i == num_latent_frames - 1
             frames = slice(max(0, self.temporal_stride * (i - 1) + 1), self.temporal_stride * i + 1)
             # Not named: a name would keep its value alive beside what follows from it.
@@ -252,11 +253,11 @@ class Vae(nn.Module):
         weight = self.conv2.weight
         size = (batch, encoder.low_dim, t, h, w)
         features = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d)
-        for tile in encode_tiles(encoder, plan, h, w):
+        for tile in plan.tiles(encode_tiles(encoder, plan, h, w)):
             window = tile.rows.pixels.as_slice(), tile.cols.pixels.as_slice()
             part = features[..., tile.rows.features.as_slice(), tile.cols.features.as_slice()]
             of_tile = self._local(pixels, t, window, Past(tile.crops()), plan)
-            for i in range(t):
+            for i in plan.latent_frames(t):
                 part[:, :, i : i + 1] = next(of_tile)
         return features
 

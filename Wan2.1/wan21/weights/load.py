@@ -13,7 +13,7 @@ NUM_NAMED = 5
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every name in a module's state dict with its shape."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def check_names(module: nn.Module, source: WeightSource) -> None:

@@ -25,6 +25,8 @@ class KernelTable:
         card, torch, cuda, cudnn: where it was measured.
         context_bytes: the most that a process holds outside torch's allocator: context, kernels, library buffers.
         cublaslt_workspace_bytes: what stays from the first linear layer with a bias on, for each stream.
+        nccl_bytes_per_communicator: what a process holds outside torch's allocator for each group of several processes
+            that it exchanges messages in; None: nobody has measured it, and it is not counted.
         convolutions: what a convolution takes besides its result, by `kernels.signature`; others follow a rule.
     """
 
@@ -34,6 +36,7 @@ class KernelTable:
     cudnn: str
     context_bytes: int
     cublaslt_workspace_bytes: int
+    nccl_bytes_per_communicator: int | None = None
     convolutions: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:

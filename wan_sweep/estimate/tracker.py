@@ -2,17 +2,28 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_sweep.cards import Card
 from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
 from wan_sweep.estimate.memory import DeviceMemory, Holding
 
-KNOWN_NAMESPACES = frozenset({"aten", "prim", "prims", "wan21"})
+KNOWN_NAMESPACES = frozenset({"aten", "c10d", "fsdp", "prim", "prims", "profiler", "wan21"})
 """Whose operations allocate what their fakes, or the table, say; wan21's own kernels take nothing for themselves."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A storage: as it was when it came, and its number while it has any bytes."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    holding: Holding
+    number: int | None
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
@@ -32,8 +43,23 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         self._device = device
         self._memory = memory
         self._kernels: Mapping[Any, Kernel] = kernels(card)
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._known: dict[int, _Known] = {}
         self._kept: set[tuple[int, Hidden]] = set()
+
+    def __enter__(self) -> Self:
+        resize = torch.UntypedStorage.resize_
+
+        def heard_resize(storage: torch.UntypedStorage, size: int) -> Any:  # noqa: ANN401 # what torch returns
+            self._resize(storage, size)
+            return resize(storage, size)
+
+        # No operation, so no mode hears of it. The class inherits it; what it gets here is taken away again.
+        torch.UntypedStorage.resize_ = heard_resize  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        del torch.UntypedStorage.resize_
+        super().__exit__(*args)
 
     def __torch_dispatch__(
         self,
@@ -42,6 +68,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
+        if any(one is not FakeTensor for one in types):
+            return NotImplemented  # such as a DTensor: it comes again as what its parts make of it
         kernel = self._kernels.get(func)
         if func.namespace not in KNOWN_NAMESPACES:
             self._memory.unknown_operations.add(str(func))
@@ -79,13 +107,25 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
         )
-        number = self._memory.take(holding)
 
         def gone(_: object) -> None:
-            del self._known[key]
-            self._memory.give(number)
+            number = self._known.pop(key).number
+            if number is not None:
+                self._memory.give(number)
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = _Known(weakref.ref(storage, gone), holding, self._memory.take(holding))
+
+    def _resize(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Hears that a storage lets go of its memory, or gets other one, as FSDP has them do."""
+        known = self._known.get(storage._cdata)  # noqa: SLF001
+        if known is None or num_bytes == (0 if known.number is None else known.holding.num_bytes):
+            return
+        if known.number is not None:
+            self._memory.give(known.number)
+        known.number = None
+        if num_bytes:
+            known.holding = replace(known.holding, num_bytes=num_bytes, place=self._memory.place)
+            known.number = self._memory.take(known.holding)
 
     def _take(self, hidden: Hidden, func: Any) -> int:  # noqa: ANN401
         return self._memory.take(

@@ -1,5 +1,6 @@
 """Weights that are never drawn: their sources allocate on the device what the real ones stage there."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -57,13 +58,18 @@ class UndrawnSource(Source):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
-    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:  # noqa: ARG002 # all alike
+    def write_part(self, name: str, destination: torch.Tensor, first: int) -> None:
         """Leaves the destination as it is.
 
-        Memory: that of RandomSource, piece by piece; as there, a piece goes when the next one has come.
+        Memory: that of RandomSource, piece by piece, those before `first` included; as there, a piece goes when the
+        next one has come.
         """
+        stop = first + destination.numel()
         with self._memory.at(replace(self._memory.place, component="")):
-            for piece in pieces(destination.numel(), 8):
+            for piece in pieces(math.prod(self.shape(name)), 8):
+                if piece.start >= stop:
+                    break
                 drawn = torch.empty(piece.stop - piece.start, dtype=torch.float32, device=self._device)
-                if destination.device != self._device:
-                    drawn.to(destination.dtype)
+                if destination.device != self._device and piece.stop > first:
+                    part = slice(max(piece.start, first) - piece.start, min(piece.stop, stop) - piece.start)
+                    drawn[part].to(destination.dtype)

@@ -5,9 +5,9 @@ and so the very code of several processes runs in one. Torch's FSDP asks torch.c
 it does for those of the pipeline's own; here it gets those of the runtime.
 
 NCCL moves messages in buffers of its own, outside torch's allocator. What a collective of it sends or receives torch
-keeps alive on the host's side until somebody waits for it, as our own code does, so it changes no lifetime here. (Before
-2.8 it recorded streams instead: pytorch pull request 148590.) Messages between two, as in a ring, still record them:
-what went round may be free to others a little later than here.
+keeps alive on the host's side until somebody waits for it, as our own code does, so it changes no lifetime here.
+(Before 2.8 it recorded streams instead: pytorch pull request 148590.) Messages between two, as in a ring, still record
+them: what went round may be free to others a little later than here.
 """
 
 import sys
@@ -58,7 +58,7 @@ def fake_world(layout: Layout, rank: int, runtime: EstimatingRuntime) -> Iterato
 
 
 def _num_communicators(world: World) -> int:
-    """How many groups of several processes this one is in; those of the same processes are one."""
+    """How many groups of several processes torch made for this one."""
     groups = (world.everyone, world.cfg, world.ring, world.ulysses, world.sequence)
     return len({id(group.handle) for group in groups if group.size > 1})
 
@@ -105,7 +105,7 @@ def _stand_ins(runtime: EstimatingRuntime) -> Mapping[str, Callable[..., Any]]:
     def current_stream(*_: object) -> _CudaStream:
         return _CudaStream(runtime.current_stream())
 
-    def on_stream(stream: _CudaStream) -> AbstractContextManager[None]:
+    def on_stream(stream: _CudaStream) -> AbstractContextManager[object]:
         return stream.stream.context()
 
     return {

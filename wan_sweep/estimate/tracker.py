@@ -54,12 +54,13 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
             return resize(storage, size)
 
         # No operation, so no mode hears of it. The class inherits it; what it gets here is taken away again.
-        torch.UntypedStorage.resize_ = heard_resize  # type: ignore[method-assign]
-        return super().__enter__()
+        torch.UntypedStorage.resize_ = heard_resize  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *args: object) -> None:
         del torch.UntypedStorage.resize_
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from wan21.errors import UsageError
 from wan21.parallel.table import own_rows
-from wan21.parallel.world import Group
 from wan21.parts import InParts
 
 WritePart = Callable[[str, torch.Tensor, int], None]

@@ -132,7 +132,7 @@ class Passes:
         return {**result.measurement, **told, "files": files, "bytes": num_bytes, "ranks": ranks}
 
     def _start(self, entry: PlannedJob, one: Pass, command: Sequence[str]) -> Result:
-        job = entry.job
+        job, is_one_process = entry.job, one is ESTIMATE  # which goes through all ranks
         return launch(
             self._plan.folder / entry.name,
             limits=Limits(timeout_s=job.timeout_s, stall_timeout_s=job.stall_timeout_s),
@@ -140,8 +140,8 @@ class Passes:
             command=command,
             lease=self._lease,
             one=one,
-            num_ranks=build_layout(job).world_size,
-            world=self._world,
+            num_ranks=1 if is_one_process else build_layout(job).world_size,
+            world=None if is_one_process else self._world,
         )
 
     def _identity(self, entry: PlannedJob) -> dict[str, object]:

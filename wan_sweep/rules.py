@@ -81,11 +81,6 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             _check_device(job, machine)
             _check_capability(job, machine)
             _check_ranks(layout, device, machine)
-        elif layout.world_size > 1:
-            raise UsageError(
-                f"{layout.words()} cannot be estimated yet: estimates are of a run in one process; choose sizes of 1, "
-                "or measure on a machine with as many GPUs"
-            )
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))

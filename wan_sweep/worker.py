@@ -389,11 +389,24 @@ def exchanged_by(traces: Sequence[Path]) -> dict[str, float]:
 
 
 def estimate(folder: Path, assignment: dict[str, Any], events: TextIO, _: Place) -> dict[str, Any]:
-    """The pass that takes the measuring one's place where no GPU is needed: the same numbers from a model."""
+    """The pass that takes the measuring one's place where no GPU is needed: the same numbers from a model.
+
+    One process goes through all ranks, and leaves the files of each.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch comes: it would start a context that nobody uses
     from wan_sweep.estimate.job import estimate_job
 
-    return estimate_job(folder, Job.from_dict(assignment["knobs"]), EventFile(events))
+    with ExitStack() as stack:
+
+        def sink_of(rank: int) -> EventFile:
+            if rank == 0:
+                return EventFile(events)
+            home = rank_folder(folder, rank)
+            home.mkdir(exist_ok=True)
+            # Line by line: the copy that another rank of the same kind gets is to have all of them.
+            return EventFile(stack.enter_context((home / ESTIMATE.events).open("a", buffering=1)))
+
+        return estimate_job(folder, Job.from_dict(assignment["knobs"]), sink_of)
 
 
 RUN: dict[str, Callable[[Path, dict[str, Any], TextIO, Place], dict[str, Any]]] = {

@@ -210,10 +210,14 @@ class Components:
         """
         from wan21.parallel.sharding import fill_shares, shard, share_bytes
 
-        device, group = self._runtime.device, self._world.everyone
+        device, line = self._runtime.device, self._world.line
+        if line is None:
+            raise UsageError(
+                f"{name}_fsdp=true shards weights over processes, and there is one; connect several, or choose false"
+            )
         self._share_tables(module, open_source, tables)
         others = [child for name, child in module.named_children() if name in once]
-        shard(module, blocks, others=others, entrances=entrances, group=group, device=device)
+        shard(module, blocks, others=others, entrances=entrances, line=line)
         expected = share_bytes(module)
         with self._observer.span(Span(kind="component", name=name, expected_bytes=expected)), open_source() as source:
             fill_shares(module, source.write_part, device)

@@ -105,6 +105,7 @@ PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(cfg=2, ulysses=2), {}, {}),
     (Layout(ulysses=2, ring=2, dit_fsdp=True, t5_fsdp=True), {}, {}),
     (Layout(cfg=2, ring=2, dit_fsdp=True), {}, {"offload": True}),
+    (Layout(ring=3, dit_fsdp=True, t5_fsdp=True), {}, {}),  # shares that do not divide
     (Layout(ulysses=2, t5_fsdp=True), {"guide_scale": 1.0}, {"offload": True}),
     (Layout(ulysses=4), {}, {"load_strategy": "block"}),
     (Layout(cfg=2, ulysses=2), {}, {"load_strategy": "part", "resident_gib": 0.002, "offload": True}),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from wan21.config import MODELS, DitConfig, Options, make_request
+from wan21.layout import SINGLE, Layout
 from wan_sweep.allocator import Settings, settings_of
 from wan_sweep.cards import CARDS, card_like, card_named
 from wan_sweep.estimate.clock import LowerBoundClock, all_steps
@@ -84,6 +85,22 @@ class Kept:
 def event(kind: str, name: str, which: str, index: int | None = None, **more: Any) -> dict[str, Any]:
     total = 4 if kind == "step" else None
     return {"kind": kind, "name": name, "event": which, "index": index, "total": total, "seconds": 9.0, **more}
+
+
+def test_ranks_share_tokens_passes_tiles_and_the_link_and_each_reads_its_weights() -> None:
+    request = make_request(LARGE, seed=0)
+
+    def bounds(layout: Layout, **options: Any) -> dict[str, float]:
+        return lower_bounds(LARGE, Options(layout=layout, **options), request, H100)
+
+    alone, two, grid, passes = map(bounds, (SINGLE, Layout(ulysses=2), Layout(ulysses=2, ring=2), Layout(cfg=2)))
+    for name in ("step", "denoise", "decode"):
+        assert two[name] == pytest.approx(alone[name] / 2)
+        assert passes[name] == pytest.approx(alone[name] / 2)
+        assert grid[name] == pytest.approx(alone[name] / 4)
+    assert two["encode_text"] == alone["encode_text"]
+    streamed = [bounds(layout, load_strategy="part")["encode_text"] for layout in (SINGLE, Layout(ulysses=2))]
+    assert streamed[1] == pytest.approx(streamed[0] / 2)
 
 
 def test_events_happen_where_the_lower_bounds_put_them_and_the_last_step_is_the_real_last() -> None:

@@ -4,16 +4,17 @@ These functions decide before a dispatch mode can see them: which attention kern
 whether a bias is added in place. A function mode sits above all of that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from wan_sweep.cards import Card
 
-Choice = Callable[..., torch.Tensor]
+Choice = Callable[..., Any]
 Attention = Literal["cudnn", "flash", "efficient"]
 
 FLASH_MOST_HEAD_DIM = 256
@@ -21,6 +22,12 @@ CUDNN_MOST_HEAD_DIM = 256
 EFFICIENT_IN_REGISTERS = 128
 """Wider heads of the memory-efficient kernel do not fit into registers: their sums wait in memory, in float32."""
 HALF = (torch.float16, torch.bfloat16)
+
+_BACKENDS: Mapping[Attention, SDPBackend] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 aten: Any = torch.ops.aten
 
@@ -54,6 +61,7 @@ class CudaChoices(TorchFunctionMode):
             functional.scaled_dot_product_attention: self._attention,
             functional.rms_norm: self._rms_norm,
             functional.linear: self._linear,
+            torch._fused_sdp_choice: self._fused_choice,  # noqa: SLF001 # by which wan21 calls a kernel by its name
         }
 
     def __torch_function__(
@@ -87,6 +95,10 @@ class CudaChoices(TorchFunctionMode):
             beside = query.new_empty(batch, length, heads, width, dtype=torch.float32)
         del key, beside
         return out.transpose(1, 2)
+
+    def _fused_choice(self, query: torch.Tensor, *_: torch.Tensor) -> int:
+        """The number by which torch knows the kernel."""
+        return int(_BACKENDS[attention_kernel(query, self._card)].value)
 
     def _rms_norm(
         self,

@@ -20,6 +20,7 @@ from wan_sweep.cards import Card
 from wan_sweep.estimate.choices import CudaChoices
 from wan_sweep.estimate.fa3 import stand_in
 from wan_sweep.estimate.fake_device import fake_device
+from wan_sweep.estimate.fake_world import fake_world
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
@@ -139,8 +140,18 @@ class DryRun:
     failed_at: dict[str, Any] | None
 
 
-def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, sink: Sink = SILENT_SINK) -> DryRun:
-    """Runs the pipeline from the warm-up to the end, with `most_steps` steps at most; `sink` gets the events."""
+def dry_run(
+    job: Job, simulation: Simulation, *, rank: int = 0, most_steps: int = MOST_STEPS, sink: Sink = SILENT_SINK
+) -> DryRun:
+    """Runs the pipeline from the warm-up to the end.
+
+    Args:
+        job: resolved.
+        simulation: of the device; new.
+        rank: which of the job's processes is gone through.
+        most_steps: so many steps at most.
+        sink: gets the events.
+    """
     runtime, memory = simulation.runtime, simulation.memory
     spec, options, request = build_spec(job), build_options(job), build_request(job)
     request = replace(request, num_steps=min(request.num_steps, most_steps))
@@ -148,7 +159,7 @@ def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, s
     assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
     choose_plan(spec, options, request.shape.latent)  # which is kept; outside of the run torch builds modules faster
     error: Exception | None = None
-    with simulation.running():
+    with fake_world(options.layout, rank, runtime) as world, simulation.running():
         try:
             runtime.warm_up()
         except torch.OutOfMemoryError as caught:  # a limit that not even the libraries fit into
@@ -156,7 +167,7 @@ def dry_run(job: Job, simulation: Simulation, *, most_steps: int = MOST_STEPS, s
         recorder = Recorder(runtime, sink, process_used=runtime.device_used_bytes)
         observer = together(Places(memory), recorder)
         try:
-            generation = TextToVideo(spec, options, assets, runtime, observer).generate(request)
+            generation = TextToVideo(spec, options, assets, runtime, observer, world).generate(request)
             recorder.forget_components()
             with observer.span(Span(kind="phase", name="save")):
                 del generation

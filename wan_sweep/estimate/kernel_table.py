@@ -26,6 +26,8 @@ class KernelTable:
         context_bytes: the most that a process holds outside torch's allocator: context, kernels, library buffers.
         cublaslt_workspace_bytes: what stays from the first linear layer with a bias on, for each stream.
         fa3_bytes_per_row: what FlashAttention-3 takes besides its result for each query and head; None: not measured.
+        nccl_bytes_per_communicator: what a process holds outside torch's allocator for each group of several processes
+            that it exchanges messages in; None: nobody has measured it, and it is not counted.
         convolutions: what a convolution takes besides its result, by `kernels.signature`; others follow a rule.
     """
 
@@ -36,6 +38,7 @@ class KernelTable:
     context_bytes: int
     cublaslt_workspace_bytes: int
     fa3_bytes_per_row: int | None = None
+    nccl_bytes_per_communicator: int | None = None
     convolutions: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:

@@ -21,22 +21,28 @@ KERNEL = 27
 
 
 def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card) -> dict[str, float]:
-    """Seconds that a phase takes at the least, by its name; `step` is one denoising step."""
-    forwards = 1 if request.guide_scale == 1 else 2
+    """Seconds that a phase takes at the least, by its name; `step` is one denoising step.
+
+    Several processes share the tokens and the passes of guidance; weights that they stream come over a link of each.
+    What they exchange is not counted.
+    """
+    layout = options.layout
+    texts = 1 if request.guide_scale == 1 else 2
+    forwards = 1 if layout.cfg > 1 else texts
     dit_bytes = dit_block_numbers(spec.dit) * num_dit_blocks(spec.dit) * ITEM_BYTES[options.precision]
     t5_bytes = text_block_numbers(spec.text) * spec.text.num_layers * ITEM_BYTES[options.t5_precision]
     videos_at_once = min(request.micro_batch_size, request.batch_size)
     num_groups = -(-request.batch_size // videos_at_once)
-    work = dit_operations(spec.dit, request.denoised_shape.num_tokens) * videos_at_once
+    work = dit_operations(spec.dit, request.denoised_shape.num_tokens) * videos_at_once / layout.sequence
     rate = card.fp32_flops if options.precision == "fp32" else card.half_flops
-    shared = shared_operations(spec, options, request) * videos_at_once
+    shared = shared_operations(spec, options, request) * videos_at_once / layout.sequence
     step = max((forwards * work - shared) / rate, forwards * _weights_seconds(dit_bytes, options, card))
     vae_rate = card.tf32_flops if options.vae_precision == "fp32" else card.half_flops
     bounds = {
-        "encode_text": 0.0 if options.t5_cpu else forwards * _weights_seconds(t5_bytes, options, card),
+        "encode_text": 0.0 if options.t5_cpu else texts * _weights_seconds(t5_bytes, options, card),
         "step": step,
         "denoise": num_groups * request.num_steps * step,
-        "decode": request.batch_size * decode_operations(spec.vae, request.shape.latent) / vae_rate,
+        "decode": request.batch_size * decode_operations(spec.vae, request.shape.latent) / vae_rate / layout.world_size,
     }
     return {**bounds, "total": bounds["encode_text"] + bounds["denoise"] + bounds["decode"]}
 
@@ -44,7 +50,7 @@ def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card
 def _weights_seconds(num_bytes: int, options: Options, card: Card) -> float:
     """To read weights once: from the card's memory, and what is streamed over the link at the same time."""
     streamed = 0.0 if options.load_strategy == "full" else max(0.0, num_bytes - options.resident_gib * GIB)
-    return max(num_bytes / card.memory_bandwidth, streamed / card.link_bandwidth)
+    return max(num_bytes / card.memory_bandwidth, streamed / options.layout.world_size / card.link_bandwidth)
 
 
 def num_dit_blocks(dit: DitConfig) -> int:
@@ -71,7 +77,8 @@ def dit_operations(dit: DitConfig, num_tokens: int) -> float:
 
 def shared_operations(spec: ModelSpec, options: Options, request: Request) -> float:
     """Operations that both passes of guidance do once: the first block's self attention, if it is shared."""
-    if not options.share_first_attention or request.guide_scale == 1 or spec.dit.vace:
+    is_one_pass = request.guide_scale == 1 or options.layout.cfg > 1
+    if not options.share_first_attention or is_one_pass or spec.dit.vace:
         return 0.0
     tokens, dim = request.denoised_shape.num_tokens, spec.dit.dim
     return float(OPERATIONS_PER_PRODUCT * (4 * tokens * dim**2 + 2 * tokens**2 * dim))

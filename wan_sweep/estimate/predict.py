@@ -36,7 +36,7 @@ class Room:
     """What torch's allocator may take of a card.
 
     Attributes:
-        num_bytes: beside the context, or as the job's limit says.
+        num_bytes: beside the context and NCCL, or as the job's limit says.
         limit_bytes: the job's limit, if it has one.
     """
 
@@ -44,14 +44,16 @@ class Room:
     limit_bytes: int | None
 
     @classmethod
-    def of(cls, job: Job, card: Card) -> "Room":
-        """On this card for this job."""
+    def of(cls, job: Job, card: Card, outside_bytes: int) -> "Room":
+        """On this card for this job, whose process holds so much outside the allocator."""
         limit = None if job.memory_limit_gib is None else int(job.memory_limit_gib * GIB)
-        beside_context = card.device_bytes - row_for(card)[0].context_bytes
+        beside_context = card.device_bytes - outside_bytes
         return cls(num_bytes=beside_context if limit is None else min(beside_context, limit), limit_bytes=limit)
 
 
-def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: Sink = SILENT_SINK) -> dict[str, Any]:
+def estimate(
+    job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: Sink = SILENT_SINK, *, rank: int = 0
+) -> dict[str, Any]:
     """What the job will take on the card: bytes, who holds them, and how sure that is.
 
     To be called in a process of its own, which must use no GPU: it changes what CUDA means to torch in this process.
@@ -61,6 +63,7 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
         card: where it would run.
         settings: of torch's allocator there.
         sink: gets the boundaries of the run, with times that are lower bounds.
+        rank: of a job of several, the one to tell of; `ranks.estimate_ranks` tells of all.
 
     Returns:
         outcome, reason and failure as of a measured run: oom if it does not fit. Metrics, series and warnings under the
@@ -77,13 +80,13 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
     bandwidth = card.memory_bandwidth if job.ckpt_dir is None else card.link_bandwidth  # random weights are drawn there
     clock = LowerBoundClock(sink, bounds, load_bandwidth=bandwidth, num_steps=request.num_steps, num_run=num_run)
     simulation = Simulation(card, settings)
-    run = dry_run(job, simulation, sink=clock)
+    run = dry_run(job, simulation, rank=rank, sink=clock)
     moments, possible = simulation.memory.peaks(), simulation.memory.possible_peaks()
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OF_THIS_PROCESS)}
     confidence = {phase: _confidence(moment, possible[phase]) for phase, moment in moments.items() if phase}
-    room = Room.of(job, card)
+    room = Room.of(job, card, simulation.runtime.outside_bytes)
     row, is_measured = row_for(card)
-    ending = _ending(job, card, settings, run, room)
+    ending = _ending(job, card, settings, run, room, rank)
     return {
         **ending,
         "metrics": metrics | _times(clock, bounds),
@@ -94,6 +97,7 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
         },
         "warnings": run.warnings
         + _doubts(job, card)
+        + _uncounted(simulation.runtime.num_communicators, card)
         + _strangers(simulation.memory.unknown_operations)
         + _near_misses(ending, metrics, confidence, room),
         "idle_knobs": idle_knobs(options, job.device),
@@ -120,7 +124,7 @@ def estimate(job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink: 
     }
 
 
-def _ending(job: Job, card: Card, settings: Settings, run: DryRun, room: Room) -> dict[str, Any]:
+def _ending(job: Job, card: Card, settings: Settings, run: DryRun, room: Room, rank: int) -> dict[str, Any]:
     """Whether it fits.
 
     Where more would be reserved than there is room, a run on the real size tells: the allocator may get by with less,
@@ -130,7 +134,7 @@ def _ending(job: Job, card: Card, settings: Settings, run: DryRun, room: Room) -
         return explain(run.error, run.failed_at, room.limit_bytes)
     if run.metrics[RESERVED] <= room.num_bytes:
         return {"outcome": "ok", "reason": "", "failure": None}
-    limited = dry_run(job, Simulation(card, settings, capacity_bytes=room.num_bytes))
+    limited = dry_run(job, Simulation(card, settings, capacity_bytes=room.num_bytes), rank=rank)
     if limited.error is None:
         return {"outcome": "ok", "reason": "", "failure": None}
     told = explain(limited.error, limited.failed_at, room.limit_bytes)
@@ -183,6 +187,20 @@ def _strangers(operations: set[str]) -> list[dict[str, str]]:
             "advice": "measure a run with it, or choose torch's own kernels",
         }
         for operation in sorted(operations)
+    ]
+
+
+def _uncounted(num_communicators: int, card: Card) -> list[dict[str, str]]:
+    row, _ = row_for(card)
+    if not num_communicators or row.nccl_bytes_per_communicator is not None:
+        return []
+    return [
+        {
+            "code": "nccl_not_counted",
+            "text": f"what NCCL holds outside torch's allocator is not counted in device_used: nobody measured it with "
+            f"{row.describe()}; groups of processes here: {num_communicators}",
+            "advice": "leave some hundred MiB of the card free, or calibrate on two such cards",
+        }
     ]
 
 

@@ -4,7 +4,8 @@ A transformer runs the same block dozens of times a step, and a fake run costs 0
 allocates depends on the kind of block, on the tensors' shapes, and on nothing else; so its events can be repeated.
 """
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,13 +76,27 @@ class Replays:
                 yield _Replayed(block, self) if self._is_on else block
 
     def run(self, block: nn.Module, args: tuple[Any, ...]) -> Any:  # noqa: ANN401 # whatever a block returns
-        """What the block returns for these arguments."""
+        """What the block returns for these arguments.
+
+        Of a block of FSDP only what is between its hooks repeats: they gather ahead, for the next one.
+        """
+        if not _is_sharded(block):
+            return self._run(block, block, args)
+        # Between the hooks torch looks up the method by this name, first in the block itself.
+        forward = block.forward
+        block.__dict__["forward"] = lambda *inner: self._run(block, forward, inner)
+        try:
+            return block(*args)
+        finally:
+            del block.__dict__["forward"]
+
+    def _run(self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:  # noqa: ANN401
         key = (type(block), *map(_signature, block.parameters()), *map(_signature, args))
         recording = self._recordings.get(key)
         if recording is not None:
             return self._repeat(recording, args)
         with self._listening() as events:
-            result = block(*args)
+            result = run(*args)
         returned = self._returned(result, args, events)
         if returned is not None:
             self._recordings[key] = _Recording(tuple(events), returned)
@@ -146,6 +161,12 @@ class _Replayed(nn.Module):
 
     def forward(self, *args: Any) -> Any:  # noqa: ANN401 # those of the block
         return self._replays.run(self._block[0], args)
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether FSDP has it; whose import takes seconds, and which nobody needs who has not loaded it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(block, fsdp.FSDPModule)
 
 
 def _signature(value: object) -> object:

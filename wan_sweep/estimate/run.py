@@ -19,11 +19,11 @@ EXIT_CODES = {"ok": 0, "oom": 3, "failed": 1}
 def main(arguments: list[str]) -> int:
     """Estimates the job whose folder is the first argument, for the card that the second one names."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch comes: it would start a context that nobody uses
-    from wan_sweep.estimate.predict import estimate
+    from wan_sweep.estimate.ranks import estimate_ranks
 
     folder, card = Path(arguments[0]), card_named(arguments[1])
     settings, _ = settings_of(os.environ)
-    result = estimate(Job.from_dict(read_json(folder / JOB_FILE)["knobs"]), card, settings)
+    result = estimate_ranks(Job.from_dict(read_json(folder / JOB_FILE)["knobs"]), card, settings)
     write_json(folder / ESTIMATE_FILE, result)
     return EXIT_CODES[result["outcome"]]
 

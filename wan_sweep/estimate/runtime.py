@@ -95,6 +95,9 @@ class EstimatingRuntime(Runtime):
         memory: its counters.
         card: which it plays.
         replays: how blocks are run.
+
+    Attributes:
+        num_communicators: groups of several processes that this one exchanges messages in.
     """
 
     is_asynchronous = True
@@ -105,8 +108,9 @@ class EstimatingRuntime(Runtime):
         self._memory = memory
         self._replays = replays
         self._card = card
-        self._context_bytes = row_for(card)[0].context_bytes
+        self._row = row_for(card)[0]
         self._num_streams = 1
+        self.num_communicators = 0
         self._host_bytes = 0
 
     @property
@@ -139,8 +143,14 @@ class EstimatingRuntime(Runtime):
     def reset_memory_peaks(self) -> None:
         self._memory.reset_peaks()
 
+    @property
+    def outside_bytes(self) -> int:
+        """What the process holds outside torch's allocator: the context, and NCCL's as far as it was measured."""
+        of_nccl = self._row.nccl_bytes_per_communicator or 0
+        return self._row.context_bytes + self.num_communicators * of_nccl
+
     def device_used_bytes(self) -> int:
-        return self._context_bytes + self._memory.memory().reserved_bytes
+        return self.outside_bytes + self._memory.memory().reserved_bytes
 
     def device_total_bytes(self) -> int:
         return self._card.device_bytes
@@ -161,6 +171,10 @@ class EstimatingRuntime(Runtime):
     def side_stream(self) -> Stream:
         self._num_streams += 1
         return _Stream(self._num_streams - 1, self._memory)
+
+    def current_stream(self) -> Stream:
+        """The one that the run is on."""
+        return _Stream(self._memory.stream, self._memory)
 
     def as_run(self, blocks: Iterable[nn.Module]) -> Iterable[nn.Module]:
         return self._replays.through(blocks)

@@ -2,19 +2,30 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_sweep.cards import Card
 from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
 from wan_sweep.estimate.memory import DeviceMemory, Holding
 
-KNOWN_NAMESPACES = frozenset({"aten", "prim", "prims", "wan21"})
+KNOWN_NAMESPACES = frozenset({"aten", "c10d", "fsdp", "prim", "prims", "profiler", "wan21"})
 """Whose operations allocate what their fakes, or the table, say; wan21's own kernels take nothing for themselves."""
 OURS = "wan21"
 DEVICE: Any = torch.ops.prim.device.default
+
+
+@dataclass(slots=True)
+class _Known:
+    """A storage: as it was when it came, and its number while it has any bytes."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    holding: Holding
+    number: int | None
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's part of making a subclass
@@ -34,13 +45,29 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         self._device = device
         self._memory = memory
         self._kernels: Mapping[Any, Kernel] = kernels(card)
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._known: dict[int, _Known] = {}
         self._kept: set[tuple[int, Hidden]] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled around here, and to see to that with every operation takes as long as the tracker."""
         return False
+
+    def __enter__(self) -> Self:
+        resize = torch.UntypedStorage.resize_
+
+        def heard_resize(storage: torch.UntypedStorage, size: int) -> Any:  # noqa: ANN401 # what torch returns
+            self._resize(storage, size)
+            return resize(storage, size)
+
+        # No operation, so no mode hears of it. The class inherits it; what it gets here is taken away again.
+        torch.UntypedStorage.resize_ = heard_resize  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        del torch.UntypedStorage.resize_
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -49,6 +76,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
+        if any(one is not FakeTensor for one in types):
+            return NotImplemented  # such as a DTensor: it comes again as what its parts make of it
         if func is DEVICE:  # asked of every tensor all the time
             return args[0].device
         kernel = self._kernels.get(func)
@@ -94,10 +123,26 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         self._memory.storages[key] = number
 
         def gone(_: object) -> None:
-            del self._known[key], self._memory.storages[key]
-            self._memory.give(number)
+            number = self._known.pop(key).number
+            if number is not None:
+                del self._memory.storages[key]
+                self._memory.give(number)
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = _Known(weakref.ref(storage, gone), holding, number)
+
+    def _resize(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Hears that a storage lets go of its memory, or gets other one, as FSDP has them do."""
+        key = storage._cdata  # noqa: SLF001
+        known = self._known.get(key)
+        if known is None or num_bytes == (0 if known.number is None else known.holding.num_bytes):
+            return
+        if known.number is not None:
+            del self._memory.storages[key]
+            self._memory.give(known.number)
+        known.number = None
+        if num_bytes:
+            known.holding = replace(known.holding, num_bytes=num_bytes, place=self._memory.place)
+            known.number = self._memory.storages[key] = self._memory.take(known.holding)
 
     def _take(self, hidden: Hidden, func: Any) -> int:  # noqa: ANN401
         return self._memory.take(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wan21.errors import UsageError
+from wan_sweep.build import build_layout
 from wan_sweep.cards import CARDS, Card
 from wan_sweep.launch import worker_environment
 from wan_sweep.schema import Job
@@ -48,8 +49,14 @@ def ask(
         say: hears what is looked at.
 
     Raises:
-        UsageError: the planner ended without an answer.
+        UsageError: the job has several ranks, or the planner ended without an answer.
     """
+    layout = build_layout(job)
+    if layout.world_size > 1:
+        raise UsageError(
+            f"{layout.words()} cannot be planned: the planner searches for one process on one card; choose sizes of 1, "
+            "or estimate layouts side by side: wan_sweep -m mode=estimate ulysses_size=1,2,4"
+        )
     question = {
         "job": job.to_dict(),
         "card": card.name,

@@ -57,7 +57,8 @@ def _sentence(row: Row, record: Record) -> str:
     steps = _each(record, STEP_SECONDS, format_seconds) or _each(record, FIRST_STEP_SECONDS, format_seconds)
     if steps:
         words.append(f"a step {steps}")
-    words.append(f"in total {_each(record, TOTAL_SECONDS, format_seconds)}, the longest on rank {slowest}")
+    if total := _each(record, TOTAL_SECONDS, format_seconds):  # estimates have none
+        words.append(f"in total {total}, the longest on rank {slowest}")
     if exchanged := _each(record, _EXCHANGED_SECONDS, format_seconds):
         given = _each(record, _EXCHANGED_BYTES, format_bytes)
         words.append(f"in collectives {exchanged} of a step{f' for {given} given' if given else ''}")

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from wan21.errors import UsageError
 from wan21.parallel.table import own_rows
-from wan21.parallel.world import Group
 from wan21.parts import InParts
 
 WritePart = Callable[[str, torch.Tensor, int], None]
@@ -35,8 +34,7 @@ def shard(
     *,
     others: Sequence[nn.Module] = (),
     entrances: Sequence[str] = (),
-    group: Group,
-    device: torch.device,
+    line: DeviceMesh,
 ) -> None:
     """Cuts the weights of a module on the meta device into everybody's shares, still without values.
 
@@ -45,13 +43,13 @@ def shard(
         blocks: units that are used one after the other; while one is used the next is gathered.
         others: units besides.
         entrances: methods by which the module is used beside `forward`.
-        group: all processes.
-        device: where the shares will be.
+        line: all processes, and the kind of device on which the shares will be.
 
     Raises:
         UsageError: this torch cannot leave parameters out of a unit.
 
-    Memory: this process's share of all, and in passing two units: the one in use, and the next one.
+    Memory: this process's share of all, and in passing three times a unit: the one in use, what it was gathered in,
+    which torch keeps until the next one is copied out, and what the next one is gathered in.
     """
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise UsageError(
@@ -59,12 +57,11 @@ def shard(
             "load_strategy=block, which shares streamed weights among the processes"
         )
     module.requires_grad_(requires_grad=False)
-    mesh = DeviceMesh(device.type, list(group.ranks))
     units = [*blocks, *others]
     shared = {weight for unit in units for weight in _linear_weights(unit)}
     whole = set(module.parameters()) - shared
     for unit in (*units, module):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(unit, mesh=line, reshard_after_forward=True, ignored_params=whole)
     for one, following in pairwise(blocks):
         if isinstance(one, FSDPModule) and isinstance(following, FSDPModule):
             one.set_modules_to_forward_prefetch([following])
@@ -81,8 +78,14 @@ def _linear_weights(unit: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def share_bytes(module: nn.Module) -> int:
-    """Bytes of this process's part of all parameters."""
-    return sum(part.numel() * part.element_size() for part, _ in own_parts(module).values())
+    """Bytes of this process's part of all parameters; torch makes the parts of a weight all as large as the first."""
+    sizes = [
+        -(-weight.shape[0] // weight.device_mesh.size()) * weight.shape[1:].numel()
+        if isinstance(weight, DTensor)
+        else weight.numel()
+        for weight in module.parameters()
+    ]
+    return sum(size * weight.element_size() for size, weight in zip(sizes, module.parameters(), strict=True))
 
 
 def fill_shares(module: nn.Module, write: WritePart, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from wan21.errors import UsageError
 from wan21.layout import SINGLE, Layout
 from wan21.runtime import Runtime
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 LONGEST_WAIT = timedelta(minutes=30)
 """For a process that another one waits for, such as one that loads weights from a slow disk."""
@@ -48,6 +52,7 @@ class World:
     everyone: all processes.
     cfg, ring, ulysses: those that differ from this one in this coordinate of the grid alone.
     sequence: those that share a video's tokens with it: ring x ulysses.
+    line: everyone, as torch's FSDP wants to be told of them; None where no weights are sharded.
     """
 
     layout: Layout = SINGLE
@@ -57,6 +62,7 @@ class World:
     ring: Group = field(default_factory=Group)
     ulysses: Group = field(default_factory=Group)
     sequence: Group = field(default_factory=Group)
+    line: "DeviceMesh | None" = None
     owns_processes: bool = False
 
     @property
@@ -115,6 +121,7 @@ def connect(layout: Layout, runtime: Runtime) -> World:
         ring=_group(grid.transpose(1, 2).flatten(0, 1)) if has_both else sequence if layout.ring > 1 else alone,
         ulysses=_group(grid.flatten(0, 1)) if has_both else sequence if layout.ulysses > 1 else alone,
         sequence=sequence,
+        line=_line(layout, runtime),
         owns_processes=owns_processes,
     )
 
@@ -134,6 +141,15 @@ def _group(members: torch.Tensor) -> Group:
     options = _urgent() if dist.get_backend() == "nccl" else None
     handles = [dist.new_group(list(row), timeout=LONGEST_WAIT, pg_options=options) for row in ranks]
     return Group(own, own.index(rank), handles[ranks.index(own)])
+
+
+def _line(layout: Layout, runtime: Runtime) -> "DeviceMesh | None":
+    """Of all processes, which torch has a group for already."""
+    if not (layout.dit_fsdp or layout.t5_fsdp):
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh(runtime.device.type, list(range(layout.world_size)))
 
 
 def _urgent() -> "dist.ProcessGroupNCCL.Options":

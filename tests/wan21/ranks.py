@@ -96,7 +96,7 @@ class Forward:
     on_host: float = 0.0
     precision: str = "fp32"
     head_dim: int = 8
-    rows_apart: int = 4096  # of a member; from so many on they are attended to apart from the others'
+    fewest_rows: int = 8000  # of a window in which they travel
     is_fused: bool = False  # in a process by itself it never is
     num_heads: int = 12
 
@@ -120,7 +120,7 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     world = connect(layout, runtime)
     is_fused = case.is_fused and world.size > 1
     operations = FusedOperations(members=layout.ulysses) if is_fused else Operations()
-    shared.FEWEST_ROWS_APART, shared.ROWS_OF_A_TILE = case.rows_apart, min(128, case.rows_apart)
+    shared.FEWEST_ROWS = case.fewest_rows
     dim, heads = case.num_heads * case.head_dim, case.num_heads
     config = DitConfig(dim=dim, ffn_dim=128, num_heads=heads, num_layers=2, text_dim=32, text_len=8)
     with torch.device("meta"):

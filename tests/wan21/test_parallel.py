@@ -19,7 +19,7 @@ from wan21.kernels import tokens
 from wan21.layout import SINGLE, Layout
 from wan21.memory.packing import ALIGNMENT, Packing
 from wan21.parallel.layout import check_layout
-from wan21.parallel.ring import Mean
+from wan21.parallel.ring import Mean, heads_at_once
 from wan21.parallel.table import SharedTable
 from wan21.parallel.tokens import SharedTokens
 from wan21.parallel.world import ALONE, Group, World, connect, local_device
@@ -264,3 +264,10 @@ def test_ranks_that_share_tiles_get_a_plan_whose_largest_share_is_least() -> Non
     assert four.num_tiles == 4
     assert budget.work(four, 4) < 0.35 * budget.work(alone)  # halos, and what all do
     assert budget.num_bytes(four) < 0.5 * budget.num_bytes(alone)
+
+
+def test_heads_go_round_in_groups_that_fill_a_gpu() -> None:
+    assert heads_at_once(40, 37_800) == 8  # 5 x 18 rounds of 132 tiles; 10 at once would take 4 x 23
+    assert heads_at_once(12, 16_380) == 3
+    assert heads_at_once(1, 5) == 1
+    assert all(4 * heads_at_once(heads, 700) <= heads + 3 for heads in range(1, 41))

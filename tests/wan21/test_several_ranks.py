@@ -37,8 +37,8 @@ FORWARDS = [
     Forward(),
     Forward(grid=(3, 3, 5), batch_size=2, most_rows=8),
     Forward(grid=(1, 1, 5), query_slices=2),
-    Forward(grid=(3, 3, 5), query_slices=3, most_rows=64, rows_apart=2, is_fused=True),
-    Forward(grid=(3, 5, 7), batch_size=2, rows_apart=4, is_fused=True),
+    Forward(grid=(3, 3, 5), query_slices=3, most_rows=64, is_fused=True),
+    Forward(grid=(3, 5, 7), batch_size=2, fewest_rows=4, is_fused=True),
     Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5),
 ]
 ON_EIGHT = [  # 12 heads, which eight ranks of Ulysses cannot share, but with a model of eight heads
@@ -46,7 +46,7 @@ ON_EIGHT = [  # 12 heads, which eight ranks of Ulysses cannot share, but with a 
     (Layout(ulysses=2, ring=4), Forward(grid=(3, 3, 5), query_slices=2)),
     (Layout(ring=8), Forward(grid=(1, 1, 5))),
     (Layout(ring=8), Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5)),
-    (Layout(ulysses=8), Forward(grid=(3, 5, 7), most_rows=64, num_heads=8, rows_apart=4, is_fused=True)),
+    (Layout(ulysses=8), Forward(grid=(3, 5, 7), most_rows=64, num_heads=8, fewest_rows=4, is_fused=True)),
 ]
 MOST_RANKS = 8
 

@@ -95,8 +95,8 @@ class SelfAttention(nn.Module):
         Memory: one slice of queries and of outputs, [B, L, D] each in the compute dtype, and chunks of rows.
         """
         run = self.operations
-        size = chunk_rows(residual.shape, slicing.most_rows)
         num_tokens, tokens = residual.shape[1], slicing.tokens
+        size = tokens.window(chunk_rows(residual.shape, slicing.most_rows))
         whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
 
         def normed(window: torch.Tensor) -> Activations:

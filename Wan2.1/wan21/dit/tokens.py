@@ -46,6 +46,10 @@ class Tokens:
         """From what all processes have for their tokens, [B, rows, ...], to all tokens, [B, L, ...]."""
         return x
 
+    def window(self, size: int) -> int:
+        """How many rows to handle at once around attention, `size` at most."""
+        return size
+
     def room(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
         """For what is brought together, of as many bytes as there are here before, uninitialised.
 

@@ -4,8 +4,8 @@ Letters: B videos; Lq queries and Lk keys of one member; N heads; K head width.
 
 A softmax over all keys is a weighted mean of softmaxes over parts of them, weighted by their denominators, whose logs
 the kernels give. So each member needs one member's keys and values at a time, and while it attends to them the next
-ones arrive. Heads go round in groups, one group after the other, so that what travels takes a quarter of what all heads
-would.
+ones arrive. Heads go round in groups, one group after the other, so that what travels takes at most a quarter of what
+all heads would.
 
 Reference: Ring Attention (arXiv 2310.01889); online softmax (arXiv 1805.02867).
 """
@@ -19,8 +19,24 @@ from wan21.kernels import tokens
 from wan21.parallel.exchange import Messages, send_and_receive
 from wan21.parallel.world import Group
 
-HEAD_GROUPS = 4
-"""Heads travel in so many groups at most. More take less memory; fewer keep a large GPU busier."""
+FEWEST_GROUPS = 4
+"""Heads travel in so many groups at the least, so that a quarter of them at most has a second place."""
+
+ROWS_OF_A_TILE = 128
+TILES_AT_ONCE = 132
+"""A kernel of attention takes so many queries of a head at a time, and so many of these at once: as on an H100. On
+other GPUs the groups are as good as any."""
+
+
+def heads_at_once(num_heads: int, num_rows: int) -> int:
+    """How many heads to take in a group, so that kernels of attention leave the GPU idle the least."""
+    tiles = -(-num_rows // ROWS_OF_A_TILE)
+
+    def rounds(size: int) -> int:
+        groups = [size] * (num_heads // size) + [num_heads % size]
+        return sum(-(-heads * tiles // TILES_AT_ONCE) for heads in groups)
+
+    return min(range(-(-num_heads // FEWEST_GROUPS), 0, -1), key=rounds)
 
 
 class Mean:
@@ -84,6 +100,7 @@ class Ring:
         self._attention = attention
         self._num_keys = num_keys
         self._is_fused = is_fused
+        self._buffers: list[torch.Tensor] = []
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this member's queries.
@@ -98,9 +115,9 @@ class Ring:
         """
         result = torch.empty_like(q)
         num_heads = q.shape[2]
-        at_once = -(-num_heads // HEAD_GROUPS)
+        at_once = heads_at_once(num_heads, k.shape[1])
         num_parts = sum(count > 0 for count in self._num_keys)
-        buffers = [k.new_empty(2, *k.shape[:2], at_once, k.shape[3]) for _ in range(2)]
+        buffers = self._places(k, at_once)
         for first in range(0, num_heads, at_once):
             heads = slice(first, min(first + at_once, num_heads))
             mean = Mean(result[:, :, heads], num_parts, is_fused=self._is_fused)
@@ -109,6 +126,18 @@ class Ring:
                 if count:
                     mean.add(*self._attention(q[:, :, heads], keys[:, :count], values[:, :count]))
         return result
+
+    def _places(self, k: torch.Tensor, num_heads: int) -> list[torch.Tensor]:
+        """For what is here and what arrives: the same ones for all layers.
+
+        Messages between two keep torch's allocator from giving memory away until they have arrived, so with new places
+        in each layer a host that is ahead of its GPU would hold those of many. They go with the ring, after a video.
+        """
+        shape = (2, *k.shape[:2], num_heads, k.shape[3])
+        if not self._buffers or self._buffers[0].shape != shape or self._buffers[0].dtype != k.dtype:
+            self._buffers = []
+            self._buffers = [k.new_empty(shape) for _ in range(2)]
+        return self._buffers
 
     def _go_round(
         self, k: torch.Tensor, v: torch.Tensor, buffers: list[torch.Tensor]

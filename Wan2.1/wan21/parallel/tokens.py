@@ -9,7 +9,7 @@ simple: all messages have one size, all processes take the same slices, and none
 Reference: DeepSpeed-Ulysses (arXiv 2309.14509); the grid is that of USP (arXiv 2405.07719).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -24,11 +24,10 @@ from wan21.parallel.world import World
 MOST_UNDER_WAY = 6
 """Messages of a collection that may wait to be sent: values, keys and queries of two windows."""
 
-FEWEST_ROWS_APART = 4096
-"""Rows of a member below which its queries are not attended to apart from the others': they would not fill a GPU."""
-
-ROWS_OF_A_TILE = 128
-"""Rows are cut at multiples of this: kernels of attention take so many queries at a time."""
+MOST_WINDOWS = 4
+FEWEST_ROWS = 8000
+"""Rows travel in so many windows where each has as many rows: the last one's messages are what nothing hides, and
+products of fewer rows would not fill a GPU."""
 
 
 def shared_tokens(num_tokens: int, world: World, kernel: AttentionKernel = "sdpa", *, is_fused: bool = False) -> Tokens:
@@ -106,33 +105,34 @@ class OnTheWay(Brought):
 
     Args:
         room: where it arrives, [B, U * rows, n, K]; in memory [U * rows, B, n, K], a member's rows in one piece.
-        own: this process's rows, which are there when `collect` returns.
         num_members: U.
     """
 
-    def __init__(self, room: torch.Tensor, own: slice, num_members: int) -> None:
-        self.room = room
-        self.own = own
+    def __init__(self, room: torch.Tensor, num_members: int) -> None:
         self.members = room.transpose(0, 1).unflatten(0, (num_members, -1))  # [U, rows, B, n, K]
         self.messages: list[Messages] = []
+        self._room = room
 
     def here(self) -> torch.Tensor:
         for messages in self.messages:
             messages.wait()
         self.messages = []
-        return self.room
+        return self._room
 
 
 class SharedHeads(SharedTokens):
     """The same, where several processes share the heads: Ulysses.
 
     Outside attention a process has its rows with all heads, inside it all rows of its group with n heads. Values, keys
-    and queries leave as they are made, so that one travels while the next is computed. Attention begins with the
-    queries of this process's own rows, while those of the others arrive. What another member's queries read goes back
-    while the next member's are attended to, the last in two halves, and arrives where queries lay that have been used.
-    So hardly anything waits for messages, and a process holds what one process would, divided by their number, and
-    beside it a window.
+    and queries leave window by window as they are made, so that they travel while the next ones are computed, and what
+    attention gave comes back window by window while those before pass the output layer. It arrives where the queries
+    lay, which have been used. (While attention computes, nothing travels: its kernel has a part on every
+    multiprocessor of the GPU until it ends, and messages need some, too.)
     """
+
+    def window(self, size: int) -> int:
+        windows = min(MOST_WINDOWS, max(1, self._num_rows // FEWEST_ROWS))
+        return min(size, -(-self._num_rows // windows))
 
     def room(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
         batch_size, num_rows, num_heads, head_dim = shape
@@ -143,7 +143,7 @@ class SharedHeads(SharedTokens):
 
     def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[OnTheWay, ...]:
         group = self._group
-        brought = tuple(self._expected(whole) for whole in wholes if whole is not None)
+        brought = tuple(OnTheWay(whole, group.size) for whole in wholes if whole is not None)
         under_way: list[Messages] = []
         first: int | None = None
         for rows, x in parts:
@@ -166,11 +166,6 @@ class SharedHeads(SharedTokens):
             del sent, given, results
         return brought
 
-    def _expected(self, room: torch.Tensor) -> OnTheWay:
-        num_rows = room.shape[1] // self._group.size
-        first = self._group.rank * num_rows
-        return OnTheWay(room, slice(first, first + num_rows), self._group.size)
-
     def read(self, attention: Attention, q: Brought, k: Brought, v: Brought, size: int) -> Iterator[Window]:
         """Likewise.
 
@@ -179,48 +174,20 @@ class SharedHeads(SharedTokens):
         """
         if not isinstance(q, OnTheWay):
             raise TypeError(f"queries are {type(q).__name__}; they have to come from `collect`")
-        keys, values = k.here(), v.here()
-        if self._ring is not None or q.members.shape[1] < FEWEST_ROWS_APART:
-            attended = self._attend(attention, q.here(), keys, values)  # [B, U * rows, n * K]
-            return self._come_back(q, lambda rows: attended[:, rows], size)
-        return self._come_back(q, lambda rows: self._attend(attention, q.room[:, rows], keys, values), size)
-
-    def _come_back(self, q: OnTheWay, of: Callable[[slice], torch.Tensor], size: int) -> Iterator[Window]:
-        """What this process's rows read, all heads together.
-
-        In its n-th turn a process sends to the n-th member behind it, and hears from the n-th before it.
-
-        Args:
-            q: queries; their room is written to.
-            of: what the queries of some rows of all members read, [B, rows, n * K].
-            size: rows of a window.
-        """
-        group, num_rows = self._group, q.members.shape[1]
-        half = min(num_rows, -(-num_rows // (2 * ROWS_OF_A_TILE)) * ROWS_OF_A_TILE)
-        halves = [slice(0, half), slice(half, num_rows)] if half < num_rows else [slice(0, num_rows)]
-        own = of(q.own)
-        q.here()
-        by_half = [{group.rank: own[:, part]} for part in halves]
-        messages: list[Messages] = []
-        free = q.members[group.rank]  # [rows, B, n, K]
-        for turn in range(1, group.size):
-            towards, away = (group.rank + turn) % group.size, (group.rank - turn) % group.size
-            room = free.view(-1)
-            for part in halves if turn == group.size - 1 else [slice(0, num_rows)]:
-                first = towards * num_rows
-                theirs = of(slice(first + part.start, first + part.stop)).contiguous()  # copies for several videos
-                ours, room = room[: theirs.numel()].view_as(theirs), room[theirs.numel() :]
-                messages.append(exchange(group, {towards: theirs}, {away: ours}))
-                for found, rows in zip(by_half, halves, strict=True):
-                    if part.start <= rows.start and rows.stop <= part.stop:
-                        found[away] = ours[:, rows.start - part.start : rows.stop - part.start]
-                del theirs
-            free = q.members[towards]
-        last = len(messages) - len(halves)
-        for index, (part, found) in enumerate(zip(halves, by_half, strict=True)):
-            for one in messages[: last + index + 1]:
-                one.wait()
-            for rows in row_slices(part.stop - part.start, size):
-                heads = torch.cat([found[member][:, rows] for member in range(group.size)], dim=-1)
-                yield slice(part.start + rows.start, part.start + rows.stop), heads
-                del heads
+        group = self._group
+        attended = self._attend(attention, q.here(), k.here(), v.here())
+        by_member = attended.unflatten(1, (group.size, -1))  # [B, U, rows, n * K]
+        on_the_way: list[tuple[slice, Messages, dict[int, torch.Tensor]]] = []
+        for rows in row_slices(by_member.shape[2], size):
+            theirs = {member: by_member[:, member, rows].contiguous() for member in group.others}
+            # The same memory as [rows, B, n, K] of the member's queries.
+            ours = {member: q.members[member, rows].view(-1).view(one.shape) for member, one in theirs.items()}
+            on_the_way.append((rows, exchange(group, theirs, ours), ours))
+            del theirs
+        for rows, messages, ours in on_the_way:
+            messages.wait()
+            found = {**ours, group.rank: by_member[:, group.rank, rows]}
+            heads = torch.cat([found[member] for member in range(group.size)], dim=-1)
+            del found
+            yield rows, heads
+            del heads

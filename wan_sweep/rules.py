@@ -17,7 +17,7 @@ from wan_sweep.errors import UsageError
 from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
 from wan_sweep.units import GIB
 
-LEAST_VAE_BUDGET_GIB = {"fp32": 1.0, "fp16": 0.8, "bf16": 0.8}
+LEAST_VAE_BUDGET_GIB = {"fp32": 1.0, "fp16": 0.69, "bf16": 0.69}
 """What vae_budget_gib=auto is at the least: smaller tiles repeat too much of their neighbours' work."""
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

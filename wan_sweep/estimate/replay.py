@@ -7,14 +7,16 @@ allocates depends on the kind of block, on the tensors' shapes, and on nothing e
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from wan21.dit.layers import Slicing
 from wan21.dit.residual import Windowed
+from wan21.dit.tokens import Tokens
 from wan_sweep.estimate.memory import DeviceMemory, Event, Repetition, Take
 
 
@@ -180,6 +182,10 @@ def _signature(value: object) -> object:
         return (type(value), value.shape)
     if isinstance(value, tuple):
         return tuple(map(_signature, value))
+    if isinstance(value, Slicing):
+        return tuple(_signature(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, Tokens):  # a run has one kind of them, which may hold places for what arrives
+        return type(value)
     return value
 
 

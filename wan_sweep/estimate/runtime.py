@@ -17,8 +17,8 @@ from wan_sweep.estimate.replay import Replays
 
 P = TypeVar("P")
 
-FIRST_FRAMES = 3
-"""One, which gives one frame; one, whose layers see it; and one, for which the layers' pasts are as long as ever."""
+FIRST_FRAMES = 20
+"""From the third on the layers' pasts are as long as ever; from some twentieth on tensors lie where they will."""
 
 
 class _Generator(torch.Generator):
@@ -65,7 +65,8 @@ class _Stream(Stream):
 class Shortened(DecodePlan):
     """A plan that goes through a tile of each kind, the first latent frames of it and the last one.
 
-    Frames between allocate what the third does, and tiles of one kind all the same.
+    Frames between allocate what the third does, and tiles of one kind all the same. But where tensors lie settles only
+    after many frames, so all of 81 frames' latents are gone through, and of longer videos as many and the last.
     """
 
     def latent_frames(self, num_frames: int) -> Iterable[int]:

@@ -7,11 +7,11 @@
 #
 # First T2V-14B at 1280*720 and T2V-1.3B at 832*480, each on one GPU and in every split (conf/experiment/scaling.yaml);
 # then T2V-14B with weights streamed from the hosts, of which each process keeps its share; then T2V-1.3B once more, to
-# see whether two runs are equal to the bit; then T2V-14B with all that saves memory. What is done already in this output_root is taken over, so the same command
-# goes on where it was stopped. After each sweep the table is made from what is there; scripts/scaling_table.py makes it
-# later, too. Arguments are overrides of all sweeps, such as parallel=single,ulysses2. Models to run stand in MODELS,
-# such as MODELS=t2v-1.3B. $PYTHON names another Python than that of .venv. The exit code is that of the first sweep
-# that was not well.
+# see whether two runs are equal to the bit; then T2V-14B with all that saves memory. What is done already in this
+# output_root is taken over, so the same command goes on where it was stopped. After each sweep the table is made from
+# what is there; scripts/scaling_table.py makes it later, too. Arguments are overrides of all sweeps, such as
+# parallel=single,ulysses2. Models to run stand in MODELS, such as MODELS=t2v-1.3B. $PYTHON names another Python than
+# that of .venv. The exit code is that of the first sweep that was not well.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -4,7 +4,7 @@ Estimates are to be the same whatever build of torch makes them: for CPUs, or fo
 versions whose allocator follows the same rules. A test compares each file in tests/data/estimates with what the present
 torch says, to the byte; this makes such a file elsewhere, in half a minute:
 
-    CUDA_VISIBLE_DEVICES= python scripts/write_estimates.py tests/data/estimates/torch2.11_cu130.json
+    CUDA_VISIBLE_DEVICES= python scripts/write_estimates.py tests/data/estimates/torch2.11.0_cu130.json
 """
 
 import argparse

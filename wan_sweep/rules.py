@@ -14,14 +14,12 @@ from wan_sweep.build import build_extension, build_layout, build_options, build_
 from wan_sweep.cards import DEFAULT_CARD, card_like, card_named
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
+from wan_sweep.estimate.lower_bound import ITEM_BYTES
 from wan_sweep.schema import AUTO, KNOBS, Job, Scalar
 from wan_sweep.units import GIB
 
 LEAST_VAE_BUDGET_GIB = {"fp32": 1.0, "fp16": 0.69, "bf16": 0.69}
 """What vae_budget_gib=auto is at the least: smaller tiles repeat too much of their neighbours' work."""
-
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Of a number in each format."""
 
 DEFAULT_MODEL = "t2v-1.3B"
 CPU_DEFAULT_MODEL = "tiny"
@@ -109,7 +107,7 @@ def vae_budget(job: Job, request: Request) -> float | None:
         return cast("float | None", job.vae_budget_gib)
     dim, layout = model_spec(job.model).dit.dim, build_layout(job)
     num_tokens = -(-request.denoised_shape.num_tokens // layout.sequence) * job.micro_batch_size
-    residual_keys_values = num_tokens * dim * (4 + 2 * ITEM_BYTES[job.precision])
+    residual_keys_values = num_tokens * dim * (ITEM_BYTES["fp32"] + 2 * ITEM_BYTES[job.precision])
     return max(LEAST_VAE_BUDGET_GIB[job.vae_precision], round(residual_keys_values / GIB, 2))
 
 

@@ -218,6 +218,26 @@ def test_copies_wait_for_what_used_their_place_and_use_waits_for_copies(monkeypa
         assert log[10:] == use
 
 
+def test_a_block_whose_first_parts_are_left_out_is_waited_for_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    runtime = CpuRuntime()
+    monkeypatch.setattr(runtime, "side_stream", lambda: _Stream(log))
+    first, second, third = streamed(3, runtime, unit="block")
+    for block in (first, second, third):
+        with block.part("small"), block.part("large"):
+            pass
+        with block.part("last"):
+            pass
+    log.clear()
+    with first.part("large"):  # the third lay there, and nothing was copied again beside it
+        assert log == ["hold"]
+    with first.part("last"):
+        assert log == ["hold"]
+    assert log == ["hold", "wait", "copy"]
+    with second.part("small"):
+        assert log[3:] == ["hold"]
+
+
 def test_memory_is_given_back_with_the_blocks() -> None:
     runtime = CpuRuntime()
     gc.disable()  # nothing may need it

@@ -21,7 +21,7 @@ def test_a_forward_of_the_14b_model_takes_what_is_known_of_it() -> None:
     dit = LARGE.dit
     tokens = 75_600
     by_hand = dit.num_layers * (4 * tokens**2 * dit.dim) + 2 * 14e9 * tokens
-    assert dit_operations(dit, tokens) == pytest.approx(by_hand, rel=0.06)
+    assert dit_operations(dit, Options(), tokens) == pytest.approx(by_hand, rel=0.06)
 
 
 def test_decoding_takes_the_multiply_adds_that_the_decoder_counts() -> None:
@@ -71,6 +71,16 @@ def test_what_both_passes_share_is_bounded_once() -> None:
     once = 2 * (4 * tokens * dim**2 + 2 * tokens**2 * dim) / H100.half_flops
     assert each - shared == pytest.approx(once)
     assert 0.01 < once / each < 0.0125  # one of 80 self attentions
+
+
+def test_what_kernels_need_not_do_is_no_part_of_a_bound() -> None:
+    request = make_request(LARGE, seed=0)
+    ways = ({}, {"kernels": "fused"}, {"kernels": "fused", "attention_kernel": "fa3_fp8", "precision": "bf16"})
+    plain, fused, eight_bits = (lower_bounds(LARGE, Options(**way), request, H100)["step"] for way in ways)
+    tokens, dim = 75_600, 5120
+    of_a_key = 2 * 40 * 2 * 2 * tokens * dim / H100.half_flops  # both passes, all blocks
+    assert plain - fused == pytest.approx(512 * of_a_key)  # a prompt's padding is read as one token
+    assert fused - eight_bits == pytest.approx(tokens / 2 * of_a_key)
 
 
 class Kept:

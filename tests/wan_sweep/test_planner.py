@@ -104,6 +104,13 @@ def test_what_the_user_chose_stays() -> None:
     assert {one.load_strategy for one in made_up.asked} == {"block"}
 
 
+def test_no_rung_contradicts_what_the_user_chose() -> None:
+    found, made_up = fastest(3, share_first_attention=True)  # which goes with neither parts nor a residual on the host
+    assert found.best is None
+    assert {one.load_strategy for one in made_up.asked} == {"full", "block"}
+    assert {one.residual_on_host for one in made_up.asked} == {0}
+
+
 def test_where_nothing_fits_there_is_no_best_and_all_were_refused() -> None:
     found, made_up = fastest(1)
     assert found.best is None

@@ -16,6 +16,8 @@ from wan_sweep.units import GIB
 ITEM_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 OPERATIONS_PER_PRODUCT = 2
 """A multiplication and an addition."""
+EIGHT_BIT_RATE = 2
+"""Hopper multiplies numbers of eight bits at twice the rate of half precision, by its data sheet."""
 KERNEL = 27
 """Numbers in a convolution's kernel of 3 x 3 x 3."""
 
@@ -33,7 +35,7 @@ def lower_bounds(spec: ModelSpec, options: Options, request: Request, card: Card
     t5_bytes = text_block_numbers(spec.text) * spec.text.num_layers * ITEM_BYTES[options.t5_precision]
     videos_at_once = min(request.micro_batch_size, request.batch_size)
     num_groups = -(-request.batch_size // videos_at_once)
-    work = dit_operations(spec.dit, request.denoised_shape.num_tokens) * videos_at_once / layout.sequence
+    work = dit_operations(spec.dit, options, request.denoised_shape.num_tokens) * videos_at_once / layout.sequence
     rate = card.fp32_flops if options.precision == "fp32" else card.half_flops
     shared = shared_operations(spec, options, request) * videos_at_once / layout.sequence
     step = max((forwards * work - shared) / rate, forwards * _weights_seconds(dit_bytes, options, card))
@@ -68,11 +70,16 @@ def text_block_numbers(text: TextEncoderConfig) -> int:
     return 4 * text.dim**2 + 3 * text.dim * text.ffn_dim
 
 
-def dit_operations(dit: DitConfig, num_tokens: int) -> float:
-    """Operations of one forward on one video; keys and values of the prompt and of pictures are left out."""
+def dit_operations(dit: DitConfig, options: Options, num_tokens: int) -> float:
+    """Operations of one forward on one video; keys and values of the prompt and of pictures are left out.
+
+    With fused kernels the prompt's padding is read as one token. How long a prompt is nobody knows here, and it is
+    short, so its attention is left out, too.
+    """
     linear = num_tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
-    attention = 2 * num_tokens * (num_tokens + dit.text_len) * dit.dim
-    return float(OPERATIONS_PER_PRODUCT * num_dit_blocks(dit) * (linear + attention))
+    prompt = 0 if options.kernels == "fused" else 2 * num_tokens * dit.text_len * dit.dim
+    products = linear + prompt + _attention_products(dit, options, num_tokens)
+    return OPERATIONS_PER_PRODUCT * num_dit_blocks(dit) * products
 
 
 def shared_operations(spec: ModelSpec, options: Options, request: Request) -> float:
@@ -80,8 +87,14 @@ def shared_operations(spec: ModelSpec, options: Options, request: Request) -> fl
     is_one_pass = request.guide_scale == 1 or options.layout.cfg > 1
     if not options.share_first_attention or is_one_pass or spec.dit.vace:
         return 0.0
-    tokens, dim = request.denoised_shape.num_tokens, spec.dit.dim
-    return float(OPERATIONS_PER_PRODUCT * (4 * tokens * dim**2 + 2 * tokens**2 * dim))
+    tokens, dit = request.denoised_shape.num_tokens, spec.dit
+    return OPERATIONS_PER_PRODUCT * (4 * tokens * dit.dim**2 + _attention_products(dit, options, tokens))
+
+
+def _attention_products(dit: DitConfig, options: Options, num_tokens: int) -> float:
+    """Of a block's self attention: as many in half precision as take its time."""
+    products = 2 * num_tokens**2 * dit.dim
+    return products / (EIGHT_BIT_RATE if options.attention_kernel == "fa3_fp8" else 1)
 
 
 def decode_operations(vae: VaeConfig, latent: tuple[int, int, int]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from wan21.errors import UsageError
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
 from wan_sweep.estimate.lower_bound import (
@@ -106,11 +107,15 @@ def smallest(rungs: Ladders, room_bytes: int) -> Knobs:
 
 
 def _agrees(job: Job, knobs: Knobs) -> bool:
-    """Whether a rung leaves alone what the job has chosen."""
+    """Whether a rung leaves alone what the job has chosen, and contradicts none of it."""
     for name in SEARCHED:
         chosen = getattr(job, name)
         if chosen != KNOBS[name].default and name in knobs and knobs[name] != chosen:
             return False
+    try:
+        build_options(job.replace(**knobs))
+    except UsageError:
+        return False
     return True
 
 

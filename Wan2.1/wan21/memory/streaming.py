@@ -136,12 +136,12 @@ def stream(
             write(piece.block, name, view.view(-1), 0)
             put(blocks[piece.block], name, view)
     conveyor = _Conveyor(plan, waiting, runtime)
-    entries: dict[int, dict[str, tuple[int, bool, bool]]] = {index: {} for index in range(len(blocks))}
+    entries: dict[int, dict[str, tuple[int, bool]]] = {index: {} for index in range(len(blocks))}
     for index, piece in enumerate(plan.streamed):
         for name, view in piece.packing.views(conveyor.places[index]).items():
             put(blocks[piece.block], name, view)
         for part in piece.parts:
-            entries[piece.block][part] = (index, part == piece.parts[0], part == piece.parts[-1])
+            entries[piece.block][part] = (index, part == piece.parts[-1])
     for index, block in enumerate(blocks):
         block.enter_with(_Entry(conveyor, entries[index]))
         block.eval()
@@ -183,7 +183,7 @@ def _filling(budget: HostBudget, plan: StreamPlan, group: Group) -> Iterator[Fil
 class _Entry:
     """How the parts of one block are entered. Knows no block: nothing here keeps itself alive."""
 
-    def __init__(self, conveyor: "_Conveyor", places: Mapping[str, tuple[int, bool, bool]]) -> None:
+    def __init__(self, conveyor: "_Conveyor", places: Mapping[str, tuple[int, bool]]) -> None:
         self._conveyor = conveyor
         self._places = places
 
@@ -193,9 +193,8 @@ class _Entry:
         return self._during(*self._places[part])
 
     @contextmanager
-    def _during(self, index: int, is_first: bool, is_last: bool) -> Iterator[None]:  # noqa: FBT001
-        if is_first:
-            self._conveyor.begin(index)
+    def _during(self, index: int, is_last: bool) -> Iterator[None]:  # noqa: FBT001
+        self._conveyor.begin(index)  # at every part: a pass may leave out the first ones
         yield
         if is_last:
             self._conveyor.end(index)
@@ -221,7 +220,9 @@ class _Conveyor:
         self._brought = 0  # turns before this one have been brought
 
     def begin(self, index: int) -> None:
-        """What the computing stream does next may use the piece of this index."""
+        """What the computing stream does next may use the piece of this index; no more than that if it has begun."""
+        if any(turn % len(self.places) == index for turn in self._open):
+            return
         self._bring()
         if self._next % len(self.places) != index or self._next == self._brought:
             self._start_over(index)

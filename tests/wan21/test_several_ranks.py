@@ -23,6 +23,8 @@ from tests.wan21.ranks import (
 )
 from wan21.layout import SINGLE, Layout
 
+pytestmark = pytest.mark.slow
+
 EXACT = 2e-5  # relative; float32 sums in another order, over all layers and steps
 
 SEQUENCES = [

@@ -7,11 +7,11 @@ Nothing is measured here: all figures come from the records of the sweeps. Where
 and without expandable segments say, each is a row.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import table_command
 from record_goals import (
     ALLOCATED,
     DECODE,
@@ -32,13 +32,11 @@ from record_goals import (
     read_lines,
 )
 
-from wan_sweep.errors import RecordError
 from wan_sweep.report.cells import Column
 from wan_sweep.report.facts import facts
 from wan_sweep.report.fidelity import fidelity_cell
 from wan_sweep.report.markdown import table
 from wan_sweep.report.sheet import read_sheet
-from wan_sweep.store import write_atomically
 from wan_sweep.units import format_gib
 
 NOTHING = "-"
@@ -177,22 +175,5 @@ def page(folders: Sequence[Path]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def main() -> int:
-    """Prints the table, and writes it to a file if one is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="SWEEP_FOLDER")
-    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
-    flags = parser.parse_args()
-    words = page(flags.folders)
-    print(words)
-    if flags.output:
-        write_atomically(flags.output, words)
-        print(f"Written to {flags.output}")
-    return 0
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RecordError as error:
-        sys.exit(f"record_table.py: {error}")
+    sys.exit(table_command.main(__doc__, page))

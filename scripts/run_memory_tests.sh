@@ -8,14 +8,7 @@
 # if a check refuses, else that of the sweep.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-}"
-if [[ -z "$python" ]]; then
-  python="$root/.venv/bin/python"
-  [[ -x "$python" ]] || python=python3
-fi
-# A checkout need not be installed.
-export PYTHONPATH="$root:$root/Wan2.1${PYTHONPATH:+:$PYTHONPATH}"
+source "$(dirname -- "${BASH_SOURCE[0]}")/python.sh"
 
 output_root=outputs
 for argument in "$@"; do

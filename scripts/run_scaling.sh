@@ -14,14 +14,7 @@
 # that of .venv. The exit code is that of the first sweep that was not well.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-}"
-if [[ -z "$python" ]]; then
-  python="$root/.venv/bin/python"
-  [[ -x "$python" ]] || python=python3
-fi
-# A checkout need not be installed.
-export PYTHONPATH="$root:$root/Wan2.1${PYTHONPATH:+:$PYTHONPATH}"
+source "$(dirname -- "${BASH_SOURCE[0]}")/python.sh"
 
 output_root=outputs
 streamed=(parallel=single,ulysses2,ulysses4,ulysses8)

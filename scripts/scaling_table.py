@@ -9,7 +9,6 @@ the same splits, if a folder holds any, stand beside the measured peaks. --pack 
 in one file.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import table_command
 
 from wan21.errors import WanError
 from wan_sweep.build import build_layout
@@ -38,7 +39,6 @@ from wan_sweep.report.sheet import (
     read_records,
 )
 from wan_sweep.schema import KNOBS, Job
-from wan_sweep.store import write_atomically
 from wan_sweep.units import format_gib
 
 NOTHING = "-"
@@ -294,26 +294,5 @@ def _add_text(archive: tarfile.TarFile, name: str, words: str) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def main() -> int:
-    """Prints the table, and writes it to the files that are named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="SWEEP_FOLDER")
-    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
-    parser.add_argument("--pack", type=Path, help="compressed archive to write as well")
-    flags = parser.parse_args()
-    words = page(flags.folders)
-    print(words)
-    if flags.output:
-        write_atomically(flags.output, words)
-        print(f"Written to {flags.output}")
-    if flags.pack:
-        pack(flags.pack, flags.folders, words)
-        print(f"Packed into {flags.pack}")
-    return 0
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RecordError as error:
-        sys.exit(f"scaling_table.py: {error}")
+    sys.exit(table_command.main(__doc__, page, pack))

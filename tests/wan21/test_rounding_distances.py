@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from wan21.weights.random import RandomWeights
 PROMISE = 2e-3
 
 
-def test_rounding_alone_moves_latents_further_than_the_promise(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(repository / "scripts"))
-    script = importlib.import_module("rounding_distances")
+    return importlib.import_module("rounding_distances")
+
+
+def test_rounding_alone_moves_latents_further_than_the_promise(script: Any) -> None:
     spec, runtime = model_spec("tiny"), CpuRuntime()
     request = make_request(spec, seed=42, size="96*64", frame_num=5, num_steps=2)
     plain, cut, other = script.rows(spec, request, runtime)
@@ -29,11 +32,7 @@ def test_rounding_alone_moves_latents_further_than_the_promise(
     assert PROMISE < other.from_plain < plain.from_float32 + other.from_float32
 
 
-def test_the_run_in_float32_computes_with_the_weights_of_the_others(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
-    script = importlib.import_module("rounding_distances")
+def test_the_run_in_float32_computes_with_the_weights_of_the_others(script: Any) -> None:
     spec, runtime = model_spec("tiny"), CpuRuntime()
     rounded = script.RoundedWeights(spec, 0, runtime.generator).dit()
     drawn = RandomWeights(spec, 0, runtime.generator).dit()

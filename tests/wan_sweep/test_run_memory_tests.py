@@ -61,7 +61,8 @@ def script(tmp_path: Path, repository: Path) -> Script:
     script = Script(root=tmp_path / "a checkout", calls=tmp_path / "calls", folder=tmp_path / "elsewhere")
     for folder in (script.root / "scripts", script.root / ".venv/bin", script.calls, script.folder):
         folder.mkdir(parents=True)
-    shutil.copy(repository / "scripts/run_memory_tests.sh", script.root / "scripts")
+    for name in ("run_memory_tests.sh", "python.sh"):
+        shutil.copy(repository / "scripts" / name, script.root / "scripts")
     put_python(script.root / ".venv/bin/python")
     return script
 

@@ -173,6 +173,7 @@ def run(folder: Path, repository: Path, *arguments: str, **variables: str) -> tu
     """The exit code of the script in a made-up checkout, and the calls of Python."""
     for part in ("scripts", ".venv/bin"):
         (folder / "a checkout" / part).mkdir(parents=True)
+    shutil.copy(repository / "scripts/python.sh", folder / "a checkout/scripts")
     script = shutil.copy(repository / "scripts/run_scaling.sh", folder / "a checkout/scripts")
     python = folder / "a checkout/.venv/bin/python"
     python.write_text(FAKE_PYTHON)

@@ -28,7 +28,7 @@ from wan21.events import SILENT, Observer, Span
 from wan_sweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from wan21.pipeline import TextToVideo
+    from wan21.pipeline import VideoPipeline
     from wan21.runtime import Runtime
     from wan_sweep.measure.recorder import Recorder
 
@@ -87,14 +87,14 @@ def runtime_of(flags: argparse.Namespace) -> "Runtime":
     return make_runtime(flags.device or default_device())
 
 
-def pipeline_of(flags: argparse.Namespace, runtime: "Runtime", observer: Observer) -> "TextToVideo":
+def pipeline_of(flags: argparse.Namespace, runtime: "Runtime", observer: Observer) -> "VideoPipeline":
     """The pipeline with random weights."""
     from wan21.assets import open_assets
-    from wan21.pipeline import TextToVideo
+    from wan21.pipeline import VideoPipeline
 
     spec = model_spec(flags.model)
     options = Options(precision=flags.precision, offload=flags.offload, load_strategy=flags.load_strategy)
-    return TextToVideo(spec, options, open_assets(spec, options, runtime), runtime, observer)
+    return VideoPipeline(spec, options, open_assets(spec, options, runtime), runtime, observer)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from wan21.assets import Assets
 from wan21.config import MODELS, ModelSpec, Options, Request, make_request, model_spec
 from wan21.dit.model import Dit
 from wan21.errors import WanError
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import Runtime, make_runtime
 from wan21.text.tokenizer import Tokenizer
 from wan21.weights.components import Source
@@ -82,7 +82,7 @@ def latents(spec: ModelSpec, request: Request, runtime: Runtime, **options: Any)
     """The latents of a run, on the host."""
     weights = RoundedWeights(spec, 0, runtime.generator)
     assets = Assets(weights, Tokenizer.built_in(max_tokens=spec.text.text_len), "random")
-    pipeline = TextToVideo(spec, Options(vae_precision="bf16", **options), assets, runtime)
+    pipeline = VideoPipeline(spec, Options(vae_precision="bf16", **options), assets, runtime)
     try:
         return pipeline.generate(request).latents
     finally:

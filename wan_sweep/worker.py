@@ -193,10 +193,10 @@ class Stage:
 
     def generate(self, assets: "Assets", observer: "Observer", *, num_steps: int | None = None) -> "Generation":
         """Runs the pipeline, for fewer steps than the job asks for if so told, and takes leave of the other ranks."""
-        from wan21.pipeline import TextToVideo
+        from wan21.pipeline import VideoPipeline
 
         request = self.request if num_steps is None else replace(self.request, num_steps=num_steps)
-        pipeline = TextToVideo(self.spec, self.options, assets, self.runtime, observer, self.world)
+        pipeline = VideoPipeline(self.spec, self.options, assets, self.runtime, observer, self.world)
         generation = pipeline.generate(request)
         self.world.close()
         return generation

@@ -85,7 +85,7 @@ def generate_to(want: Asked) -> None:
     from wan21.frames import save_image, save_video
     from wan21.parallel.exchange import agreed
     from wan21.parallel.world import connect, local_device
-    from wan21.pipeline import TextToVideo
+    from wan21.pipeline import VideoPipeline
     from wan21.runtime import default_device, make_runtime
 
     spec, options = want.spec, want.options
@@ -102,7 +102,7 @@ def generate_to(want: Asked) -> None:
     with bars.display:
         if want.extension is not None:
             request = with_extended_prompt(spec, request, want.extension, runtime, world, bars, console)
-        pipeline = TextToVideo(spec, options, assets, runtime, bars, world)
+        pipeline = VideoPipeline(spec, options, assets, runtime, bars, world)
         for video in pipeline.generate(request).videos[:1]:
             path = want.path or default_path(spec, request, options.layout)
             with bars.span(Span(kind="phase", name="save")):

@@ -57,7 +57,7 @@ class Generation:
     seeds: list[int]
 
 
-class TextToVideo:
+class VideoPipeline:
     """The pipeline of all tasks.
 
     Without offload all components come to the device at the start and stay. With offload each comes when its phase

@@ -155,7 +155,7 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     from wan21.assets import open_assets
     from wan21.config import Options, make_request, model_spec
     from wan21.parallel.world import connect, local_device
-    from wan21.pipeline import TextToVideo
+    from wan21.pipeline import VideoPipeline
     from wan21.runtime import make_runtime
 
     asked = dict(asked)
@@ -182,7 +182,7 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
 
     world = connect(layout, runtime)
     with runtime.counting():
-        pipeline = TextToVideo(spec, options, open_assets(spec, options, runtime), runtime, Listener(), world)
+        pipeline = VideoPipeline(spec, options, open_assets(spec, options, runtime), runtime, Listener(), world)
         generation = pipeline.generate(request)
         host_bytes = runtime.host_buffer_bytes()
     world.close()

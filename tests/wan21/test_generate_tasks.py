@@ -107,7 +107,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr("wan21.pipeline.TextToVideo.generate", fail)
+    monkeypatch.setattr("wan21.pipeline.VideoPipeline.generate", fail)
     monkeypatch.setattr("wan21.assets.open_assets", fail)
 
 

@@ -23,7 +23,7 @@ from wan21.parallel.ring import Mean, heads_at_once
 from wan21.parallel.table import SharedTable
 from wan21.parallel.tokens import SharedTokens
 from wan21.parallel.world import ALONE, Group, World, connect, local_device
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan21.vae import Budget, DecodePlan, Vae
 from wan21.weights import source as weight_source
@@ -105,7 +105,7 @@ def test_a_world_of_another_size_is_refused_with_the_command_that_starts_it(monk
 def test_a_pipeline_refuses_a_world_of_another_layout() -> None:
     options, runtime = Options(layout=Layout(ring=2)), CpuRuntime()
     with pytest.raises(UsageError, match="connect with the layout of the options"):
-        TextToVideo(SPEC, options, open_assets(SPEC, options, runtime), runtime)
+        VideoPipeline(SPEC, options, open_assets(SPEC, options, runtime), runtime)
 
 
 def test_a_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

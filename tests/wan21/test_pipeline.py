@@ -13,7 +13,7 @@ from wan21.assets import open_assets
 from wan21.config import ModelSpec, Options, Request, make_request, model_spec
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span, together
-from wan21.pipeline import Generation, TextToVideo
+from wan21.pipeline import Generation, VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan21.weights.random import RandomWeights
 from wan21.weights.write import write_folder
@@ -69,7 +69,7 @@ def generate(
     chosen = Options(**options)
     runtime = runtime or CpuRuntime()
     assets = open_assets(spec, chosen, runtime)
-    return TextToVideo(spec, chosen, assets, runtime, observer).generate(asked or request())
+    return VideoPipeline(spec, chosen, assets, runtime, observer).generate(asked or request())
 
 
 def measured(asked: Request | None = None, **options: Any) -> Listener:

@@ -16,7 +16,7 @@ from wan21.config import MODELS, ModelSpec, Options, Request, make_request
 from wan21.errors import CheckpointError
 from wan21.events import SILENT, Observer, Span
 from wan21.frames import save_video
-from wan21.pipeline import Generation, TextToVideo
+from wan21.pipeline import Generation, VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan21.sources import Sources
 from wan21.weights.inspect import CLIP_FILE, inspect_folder
@@ -76,7 +76,7 @@ def generate(
     chosen = Options(**({"precision": "fp32", "clip_precision": "fp32"} | options))
     runtime = runtime or CpuRuntime()
     assets = open_assets(spec, chosen, runtime)
-    return TextToVideo(spec, chosen, assets, runtime, observer).generate(asked or request(spec))
+    return VideoPipeline(spec, chosen, assets, runtime, observer).generate(asked or request(spec))
 
 
 def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -250,7 +250,7 @@ def test_a_folder_in_the_official_layout_gives_the_same_bits(spec: ModelSpec, fo
     assert opened.description.startswith("checkpoint")
     drawn = Assets(random, opened.tokenizer, "random")
     one, other = (
-        TextToVideo(spec, options, assets, runtime).generate(request(spec, num_steps=1)) for assets in (opened, drawn)
+        VideoPipeline(spec, options, assets, runtime).generate(request(spec, num_steps=1)) for assets in (opened, drawn)
     )
     assert torch.equal(one.latents, other.latents)
 

@@ -20,7 +20,7 @@ from wan21.memory.reading import NUM_BUFFERS, HostBudget, Ring, Write, choose_pi
 from wan21.memory.streaming import StreamPlan, Unit, stream
 from wan21.parallel.world import Group
 from wan21.parts import InParts
-from wan21.pipeline import Generation, TextToVideo
+from wan21.pipeline import Generation, VideoPipeline
 from wan21.runtime import CpuRuntime, whole_pages
 from wan21.weights.random import RandomWeights
 from wan21.weights.write import write_folder
@@ -170,7 +170,7 @@ def generate(**options: Any) -> tuple[Generation, Pinned]:
     listener = Pinned(runtime)
     request = make_request(SPEC, seed=7, size="96*64", frame_num=5, num_steps=2)
     with runtime.counting():
-        made = TextToVideo(SPEC, chosen, open_assets(SPEC, chosen, runtime), runtime, listener).generate(request)
+        made = VideoPipeline(SPEC, chosen, open_assets(SPEC, chosen, runtime), runtime, listener).generate(request)
     return made, listener
 
 

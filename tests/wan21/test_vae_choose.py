@@ -9,7 +9,7 @@ import torch
 from wan21.assets import Assets
 from wan21.config import WAN_VAE, Options, make_request, model_spec
 from wan21.errors import UsageError
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan21.vae import WHOLE, Budget, EncodeBudget, choose_plan
 from wan21.vae.decoder import Decoder
@@ -60,6 +60,6 @@ class Untouchable:
 def test_the_pipeline_refuses_it_before_anything_is_loaded() -> None:
     nothing = Untouchable()
     assets = Assets(weights=nothing, tokenizer=nothing, description="")  # type: ignore[arg-type]
-    pipeline = TextToVideo(SPEC, TOO_LITTLE, assets, CpuRuntime())
+    pipeline = VideoPipeline(SPEC, TOO_LITTLE, assets, CpuRuntime())
     with pytest.raises(UsageError, match="vae_budget_gib"):
         pipeline.generate(make_request(SPEC, seed=0))

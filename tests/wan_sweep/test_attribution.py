@@ -18,7 +18,7 @@ from wan21.assets import open_assets
 from wan21.config import Options, make_request, model_spec
 from wan21.dit.layers import CrossAttention
 from wan21.events import Observer, Span
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan_sweep.measure.allocation_log import AllocationLog
 from wan_sweep.measure.attribution import STREAMED, Attributor
@@ -43,7 +43,7 @@ class Nothing:
 def generate(runtime: CpuRuntime, observer: Observer, load_strategy: str, *, offload: bool) -> None:
     options = Options(precision="bf16", load_strategy=load_strategy, offload=offload)  # type: ignore[arg-type]
     request = make_request(SPEC, seed=7, size="96*64", frame_num=1, num_steps=NUM_STEPS)
-    TextToVideo(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer).generate(request)
+    VideoPipeline(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer).generate(request)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.wan_sweep.attribution_checks import inconsistencies
 from wan21.assets import open_assets
 from wan21.config import Options, make_request, model_spec
 from wan21.events import Observer, Span
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import Runtime, make_runtime
 from wan_sweep.measure.attribution import Attributor
 from wan_sweep.measure.recorder import Recorder
@@ -45,7 +45,7 @@ def runtime() -> Runtime:
 def generate(runtime: Runtime, observer: Observer, load_strategy: str = "full", *, offload: bool = True) -> None:
     options = Options(precision="bf16", load_strategy=load_strategy, offload=offload)  # type: ignore[arg-type]
     request = make_request(SPEC, seed=7, size="96*64", frame_num=5, num_steps=2)
-    pipeline = TextToVideo(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer)
+    pipeline = VideoPipeline(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer)
     pipeline.generate(request)
     pipeline.close()
 

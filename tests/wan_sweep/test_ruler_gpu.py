@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 from wan21.assets import open_assets
 from wan21.config import Options, make_request, model_spec
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import make_runtime
 from wan_sweep.measure.recorder import Recorder
 from wan_sweep.measure.snapshot import history, write_snapshot
@@ -42,7 +42,7 @@ spec, options = model_spec("tiny"), Options(precision="bf16", load_strategy=sys.
 with history():
     runtime.warm_up()
     recorder = Recorder(runtime, Nothing(), wants_blocks=True)
-    pipeline = TextToVideo(spec, options, open_assets(spec, options, runtime), runtime, recorder)
+    pipeline = VideoPipeline(spec, options, open_assets(spec, options, runtime), runtime, recorder)
     pipeline.generate(make_request(spec, seed=7, size="256*160", frame_num=9, num_steps=3))
     write_snapshot(Path(sys.argv[1]))
 metrics = recorder.metrics()

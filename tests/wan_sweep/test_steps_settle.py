@@ -8,7 +8,7 @@ import torch
 
 from wan21.assets import open_assets
 from wan21.config import Options, make_request, model_spec
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime, Runtime, make_runtime
 from wan_sweep.allocator import Settings
 from wan_sweep.cards import card_named
@@ -87,7 +87,7 @@ def measured(runtime: Runtime, **options: Any) -> Recorder:
     with runtime.counting():
         runtime.warm_up()
         recorder = Recorder(runtime, SILENT_SINK)
-        pipeline = TextToVideo(spec, chosen, open_assets(spec, chosen, runtime), runtime, recorder)
+        pipeline = VideoPipeline(spec, chosen, open_assets(spec, chosen, runtime), runtime, recorder)
         pipeline.generate(make_request(spec, seed=7, size="96*64", frame_num=5, num_steps=NUM_STEPS))
     return recorder
 

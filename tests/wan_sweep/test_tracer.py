@@ -16,7 +16,7 @@ from wan21.assets import open_assets
 from wan21.config import Options, make_request, model_spec
 from wan21.dit.block import Block
 from wan21.events import Observer, Span, together
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan_sweep.measure.trace_file import TraceFile
 from wan_sweep.measure.tracer import Tracer
@@ -31,7 +31,7 @@ def generate(tracer: Tracer, *others: Observer) -> None:
     runtime, options = CpuRuntime(), Options(precision="fp32", offload=True)
     request = make_request(SPEC, seed=7, size="96*64", frame_num=5, num_steps=tracer.num_steps)
     observer = together(tracer, *others)
-    TextToVideo(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer).generate(request)
+    VideoPipeline(SPEC, options, open_assets(SPEC, options, runtime), runtime, observer).generate(request)
 
 
 def read(folder: Path, name: str = NAME) -> list[dict[str, Any]]:

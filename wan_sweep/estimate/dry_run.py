@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wan21.assets import Assets
 from wan21.events import Span, together
-from wan21.pipeline import TextToVideo
+from wan21.pipeline import VideoPipeline
 from wan21.text.tokenizer import Tokenizer
 from wan21.vae.choose import choose_plan
 from wan_sweep.allocator import Allocator, Settings
@@ -167,7 +167,7 @@ def dry_run(
         recorder = Recorder(runtime, sink, process_used=runtime.device_used_bytes)
         observer = together(Places(memory), recorder)
         try:
-            generation = TextToVideo(spec, options, assets, runtime, observer, world).generate(request)
+            generation = VideoPipeline(spec, options, assets, runtime, observer, world).generate(request)
             recorder.forget_components()
             with observer.span(Span(kind="phase", name="save")):
                 del generation

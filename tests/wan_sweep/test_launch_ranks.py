@@ -157,7 +157,13 @@ def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
 
 def test_an_interrupted_parent_leaves_no_rank(tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
-        raise KeyboardInterrupt
+        if event.kind == "step":
+            # What rank 0 tells may come before rank 1 has said which process it is.
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "rank1" / "events.jsonl").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            raise KeyboardInterrupt
 
     command = write_program(tmp_path, "time.sleep(60)")
     with pytest.raises(Interrupted, match="denoise"):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from wan21.config import ModelSpec, Request, check_capability, check_device, check_host_budget, model_spec
+from wan21.config import ModelSpec, Request, check_capability, check_device, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
+from wan21.waiting import check_host_budget, check_host_room
 from wan_sweep.build import build_extension, build_layout, build_options, build_request
 from wan_sweep.cards import DEFAULT_CARD, card_like, card_named
 from wan_sweep.environment import Machine
@@ -79,6 +80,7 @@ def resolve(job: Job, machine: Machine) -> Resolved:
             _check_device(job, machine)
             _check_capability(job, machine)
             _check_ranks(layout, device, machine)
+        check_host_room(model_spec(model), build_options(job), device)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))

@@ -235,3 +235,13 @@ def test_on_two_gpus_the_plan_tells_which_splits_run_and_why_another_does_not(tm
         "job 4: refused: ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; "
         "choose sizes whose product is at most 2"
     )
+
+
+def test_what_was_chosen_for_a_card_has_to_keep_the_rules_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"load_strategy": "block"}
+    monkeypatch.setattr("wan_sweep.plan.chosen_for", lambda *_: (chosen, "chosen"))
+    jobs = [candidate(device="auto", mode="estimate", vram_gib=8.0, host_budget_gib=gib) for gib in (0.001, 1.0)]
+    small, enough = planned(jobs, tmp_path).jobs
+    assert (enough.expected, enough.job.load_strategy) == ("run", "block")
+    assert small.expected == "refused"
+    assert "host_budget_gib=0.001 is too little: with load_strategy=block dit needs" in small.reason

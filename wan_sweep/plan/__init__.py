@@ -195,7 +195,7 @@ def _resolved(job: Job, machine: Machine) -> Resolved:
         knobs, _ = chosen_for(one.job, card_named(card_of(one.job, machine)))
     except UsageError as error:
         return dataclasses.replace(one, refusal=str(error))
-    return dataclasses.replace(one, job=one.job.replace(**knobs))
+    return resolve(one.job.replace(**knobs), machine)  # what was chosen has rules, too
 
 
 def _entry(candidate: Candidate, one: Resolved, key: str, *, number: int, width: int) -> PlannedJob:

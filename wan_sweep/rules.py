@@ -70,11 +70,6 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         )
         layout = build_layout(job)
         check_layout(layout, model_spec(model), request)
-        if job.use_prompt_extend and layout.world_size > 1:
-            raise UsageError(
-                f"use_prompt_extend=true with {layout.words()} cannot be: one process writes prompts out; run it once "
-                "with sizes of 1, and give the prompt that its record tells"
-            )
         if not is_estimate:
             check_host_budget(build_options(job))
             _check_device(job, machine)

@@ -111,14 +111,14 @@ def test_changed_code_runs_again_and_says_why(tmp_path: Path) -> None:
     leave_record(planned([candidate()], tmp_path), tmp_path)
     entry = planned([candidate()], tmp_path, code="newer").jobs[0]
     assert entry.expected == "run"
-    assert entry.reason.startswith("measured again: the code has changed since ")
+    assert entry.reason.startswith("run again: the code has changed since ")
 
 
 def test_a_changed_machine_runs_again_and_says_why(tmp_path: Path) -> None:
     plan = planned([candidate()], tmp_path)
     leave_record(replace(plan, environment={"fingerprint": "ba5"}), tmp_path)
     entry = planned([candidate()], tmp_path).jobs[0]
-    assert entry.reason.startswith("measured again: the machine or its software has changed since ")
+    assert entry.reason.startswith("run again: the machine or its software has changed since ")
 
 
 @pytest.mark.parametrize(

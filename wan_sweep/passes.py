@@ -103,8 +103,8 @@ class Passes:
         try:
             num_ranks = build_layout(entry.job).world_size
             for rank in range(num_ranks):
-                head = {**self._identity(entry), "device": device, "rank": rank, "num_ranks": num_ranks}
-                write_memory_events(rank_folder(folder, rank), head)
+                head = {**self._identity(entry), "device": device, "mode": entry.job.mode}
+                write_memory_events(rank_folder(folder, rank), {**head, "rank": rank, "num_ranks": num_ranks})
         except OSError as error:
             warning = {
                 "code": "no_memory_events",

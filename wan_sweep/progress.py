@@ -45,6 +45,10 @@ class Estimate:
             self._first_step = (event.index, now)
         self._step = (event.index, event.total, now)
 
+    def start_pass(self) -> None:
+        """The job goes on after what its steps told of: how much longer, nobody knows until one job has done it."""
+        self._first_step = self._step = None
+
     def end_job(self) -> None:
         """The job is over."""
         if self._is_running:
@@ -134,6 +138,8 @@ class LiveDisplay:
 
     def start_pass(self, name: str) -> None:
         self._pass = f"{name}: "
+        self._estimate.start_pass()
+        self._bars.update(self._all, note=str(self._estimate))
         if self._steps is not None:
             self._bars.update(self._steps, completed=0, total=None, note=f"{self._pass}starting")
 
@@ -192,6 +198,7 @@ class PlainDisplay:
 
     def start_pass(self, name: str) -> None:
         self._pass = f"{name}: "
+        self._estimate.start_pass()
 
     def event(self, event: Event) -> None:
         if not self._pass:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from wan21.config import ModelSpec, Request, check_capability, check_device, check_host_budget, model_spec
+from wan21.config import ModelSpec, Request, check_capability, check_device, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
 from wan21.parallel.layout import check_layout
+from wan21.waiting import check_host_budget, check_host_room
 from wan_sweep.build import build_extension, build_layout, build_options, build_request
 from wan_sweep.cards import DEFAULT_CARD, card_like, card_named
 from wan_sweep.environment import Machine
@@ -69,16 +70,12 @@ def resolve(job: Job, machine: Machine) -> Resolved:
         )
         layout = build_layout(job)
         check_layout(layout, model_spec(model), request)
-        if job.use_prompt_extend and layout.world_size > 1:
-            raise UsageError(
-                f"use_prompt_extend=true with {layout.words()} cannot be: one process writes prompts out; run it once "
-                "with sizes of 1, and give the prompt that its record tells"
-            )
         if not is_estimate:
             check_host_budget(build_options(job))
             _check_device(job, machine)
             _check_capability(job, machine)
             _check_ranks(layout, device, machine)
+        check_host_room(model_spec(model), build_options(job), device)
         if job.ckpt_dir is not None:
             job = job.replace(weights_seed=0)  # nothing depends on it, so the job key must not either
         weights = _check_checkpoint(job, model_spec(model))

@@ -37,7 +37,9 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Number and unit, for running text: three digits below a minute, whole seconds above."""
+    """Number and unit, for running text: two or three digits below a minute, whole seconds above."""
+    if 0 < seconds < 0.00995:
+        return f"{seconds * 1000:.2g} ms"
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 9.995:

@@ -180,7 +180,7 @@ class Stage:
 
     def with_extended_prompt(self, observer: "Observer") -> tuple["Stage", dict[str, str] | None]:
         """The same with its prompt extended if the job asks for that, and what the record says of it."""
-        request, told = extend(self.job, self.request, self.runtime, observer)
+        request, told = extend(self.job, self.request, self.runtime, observer, self.world)
         return replace(self, request=request), told
 
     def with_measured_prompt(self) -> "Stage":

@@ -10,7 +10,7 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_capability, check_device, check_host_budget
+from wan21.config import ModelSpec, Options, check_capability, check_device
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit
@@ -27,6 +27,7 @@ from wan21.parts import InParts, all_in_parts
 from wan21.runtime import Runtime
 from wan21.text.umt5 import TextEncoder
 from wan21.vae.vae import Vae
+from wan21.waiting import check_host_budget, check_host_room
 from wan21.weights.components import Source, Weights
 from wan21.weights.fp8 import ScaledSource
 from wan21.weights.load import check_names, materialize, parameter_bytes, put, total_bytes
@@ -96,6 +97,7 @@ class Components:
         self._world = world
         if runtime.computes:
             check_host_budget(options)
+        check_host_room(spec, options, runtime.device.type)
         self._operations = make_operations(options, runtime)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
@@ -308,7 +310,7 @@ class Components:
 
                 yield write
 
-        return HostBudget(int(self._options.host_budget_gib * GIB), taken, opened)
+        return HostBudget(int(self._options.host_budget_gib * GIB) - taken, opened)
 
 
 def numbered(owner: str, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:

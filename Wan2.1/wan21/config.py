@@ -642,28 +642,6 @@ def _check_linear_format(options: Options, device: str) -> None:
         )
 
 
-def check_host_budget(options: Options) -> None:
-    """Refuses a budget of host memory for weights that cannot be read again.
-
-    Raises:
-        UsageError: they are drawn, or made while they are loaded.
-    """
-    if options.host_budget_gib is None or options.load_strategy == "full":
-        return
-    if options.ckpt_dir is None:
-        raise UsageError(
-            f"host_budget_gib={options.host_budget_gib:g} reads weights from a checkpoint's files again and again, and "
-            "random ones are drawn; choose ckpt_dir=FOLDER (scripts/make_tiny_checkpoint.py --model NAME writes one "
-            "with random weights), or host_budget_gib=null"
-        )
-    if options.linear_format != "same":
-        raise UsageError(
-            f"host_budget_gib={options.host_budget_gib:g} reads weights as they are stored, and "
-            f"linear_format={options.linear_format} makes them while they are loaded; choose linear_format=same, or "
-            "host_budget_gib=null"
-        )
-
-
 def check_capability(options: Options, capability: tuple[int, int]) -> None:
     """Refuses what GPUs of this compute capability cannot do.
 

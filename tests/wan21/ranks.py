@@ -195,6 +195,26 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     }
 
 
+def extend_for_all(layout: Any, variables: dict[str, str]) -> tuple[str, dict[str, str] | None]:
+    """The prompt that this rank of a job comes to, and what its record would tell."""
+    from wan21.events import SILENT
+    from wan21.parallel.world import connect
+    from wan21.runtime import CpuRuntime
+    from wan_sweep.build import build_request
+    from wan_sweep.extension import extend
+    from wan_sweep.schema import Job
+
+    os.environ.update(variables)
+    job = Job(model="tiny", device="cpu", prompt="a kite", use_prompt_extend=True, prompt_extend_method="dashscope")
+    runtime = CpuRuntime()
+    world = connect(layout, runtime)
+    try:
+        request, told = extend(job, build_request(job), runtime, SILENT, world)
+    finally:
+        world.close()
+    return request.prompt, told
+
+
 def relative_distance(actual: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
     """Norm of the difference over that of what is expected."""
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

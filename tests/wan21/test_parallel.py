@@ -17,7 +17,7 @@ from wan21.dit.operations import FusedOperations, Operations, RmsNorm
 from wan21.errors import UsageError
 from wan21.kernels import tokens
 from wan21.layout import SINGLE, Layout
-from wan21.memory.packing import ALIGNMENT, Packing
+from wan21.memory.packing import Packing
 from wan21.parallel.layout import check_layout
 from wan21.parallel.ring import Mean, heads_at_once
 from wan21.parallel.table import SharedTable
@@ -26,6 +26,7 @@ from wan21.parallel.world import ALONE, Group, World, connect, local_device
 from wan21.pipeline import VideoPipeline
 from wan21.runtime import CpuRuntime
 from wan21.vae import Budget, DecodePlan, Vae
+from wan21.waiting import ALIGNMENT
 from wan21.weights import source as weight_source
 from wan21.weights.checkpoint import CheckpointWeights
 from wan21.weights.components import Source

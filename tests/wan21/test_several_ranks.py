@@ -17,6 +17,7 @@ from tests.wan21.ranks import (
     agree_on_text,
     command_line,
     decode_tiles,
+    extend_for_all,
     forward,
     generate,
     relative_distance,
@@ -213,3 +214,15 @@ def test_one_of_several_ranks_extends_the_prompt_for_all(ranks: Ranks, tmp_path:
         assert len(fake.requests) == 1
     assert ranks.run(2, command_line, None, [*flags, "--prompt", ANSWER, "--save_file", str(alone)]) == [0, 0]
     assert both.read_bytes() == alone.read_bytes()
+
+
+def test_one_of_several_ranks_of_a_job_extends_the_prompt_for_all_and_tells_of_it(ranks: Ranks) -> None:
+    with serving() as fake:
+        variables = {"DASH_API_URL": fake.url, "DASH_API_KEY": GOOD_KEY, "no_proxy": "127.0.0.1"}
+        (extended, told), other = ranks.run(2, extend_for_all, Layout(ulysses=2), variables)
+        assert (extended, other) == (ANSWER, (ANSWER, None))
+        assert told["prompt"] == ANSWER
+        (kept, told), other = ranks.run(2, extend_for_all, Layout(ulysses=2), variables | {"DASH_API_KEY": "sk-bad"})
+        assert (kept, other) == ("a kite", ("a kite", None))
+        assert "HTTP status 401" in told["problem"]
+        assert len(fake.requests) == 2

@@ -114,21 +114,41 @@ def test_ranks_share_tokens_passes_tiles_and_the_link_and_each_reads_its_weights
 
 
 def test_events_happen_where_the_lower_bounds_put_them_and_the_last_step_is_the_real_last() -> None:
-    kept = Kept()
-    clock = LowerBoundClock(kept, {"denoise": 100.0, "step": 2.0}, load_bandwidth=10.0, num_steps=50, num_run=4)
+    kept, bounds = Kept(), {"denoise": 100.0, "step": 2.0, "decode": 7.0}
+    clock = LowerBoundClock(kept, bounds, load_bandwidth=10.0, num_steps=50, num_run=4)
     events = [event("phase", "load", "begin"), event("component", "dit", "begin")]
     events += [event("component", "dit", "end", moved_bytes=30), event("phase", "load", "end")]
     events += [event("phase", "denoise", "begin")]
-    events += [event("step", "step", which, index) for index in range(4) for which in ("begin", "end")]
-    events += [event("phase", "denoise", "end")]
+    for index in range(4):
+        events += [event("step", "step", "begin", index), event("block", "block", "begin", 0)]
+        events += [event("block", "block", "end", 0), event("step", "step", "end", index, peak=index)]
+    events += [event("phase", "denoise", "end"), event("phase", "decode", "begin")]
+    events += [event("video", "video", which, 0) | {"total": 1} for which in ("begin", "end")]
+    events += [event("phase", "decode", "end")]
     for one in events:
         clock.write(one, is_urgent=True)
-    assert clock.seconds == {"load": 3.0, "denoise": 100.0}
+    assert clock.seconds == {"load": 3.0, "denoise": 100.0, "decode": 7.0}
     steps = [one for one in kept.events if one["kind"] == "step" and one["event"] == "end"]
-    assert [(one["index"], one["total"]) for one in steps] == [(0, 50), (1, 50), (2, 50), (49, 50)]
-    assert [one["seconds"] for one in steps] == [2.0] * 4
-    assert kept.events[-1]["elapsed_s"] == 103.0
-    assert kept.events[-1]["time"] - kept.events[0]["time"] == pytest.approx(103.0)
+    assert [(one["index"], one["total"]) for one in steps] == [(index, 50) for index in range(50)]
+    assert [one["peak"] for one in steps] == [0, 1, *[2] * 47, 3]
+    assert [one["seconds"] for one in steps] == [2.0] * 50
+    assert [one["elapsed_s"] for one in steps] == [3.0 + 2.0 * (index + 1) for index in range(50)]
+    assert sum(one["kind"] == "block" for one in kept.events) == 100
+    assert [one["seconds"] for one in kept.events if one["kind"] == "video" and one["event"] == "end"] == [7.0]
+    assert kept.events[-1]["elapsed_s"] == 110.0
+    assert kept.events[-1]["time"] - kept.events[0]["time"] == pytest.approx(110.0)
+
+
+def test_the_steps_between_are_repeated_for_each_group_of_videos() -> None:
+    kept = Kept()
+    clock = LowerBoundClock(kept, {"step": 1.0}, load_bandwidth=1.0, num_steps=5, num_run=4)
+    for index in range(8):
+        for which in ("begin", "end"):
+            clock.write(event("step", "step", which, index, peak=index) | {"total": 8}, is_urgent=True)
+    steps = [one for one in kept.events if one["event"] == "end"]
+    assert [(one["index"], one["total"], one["peak"]) for one in steps] == [
+        (index, 10, peak) for index, peak in enumerate([0, 1, 2, 2, 3, 4, 5, 6, 6, 7])
+    ]
 
 
 def test_a_series_has_all_steps_of_the_run_for_each_group_of_videos() -> None:

@@ -10,6 +10,7 @@ from tests.conftest import Command
 from tests.wan21.fake_dashscope import ANSWER, GOOD_KEY, FakeDashScope, serving
 from tests.wan21.tiny_qwen import write_text_model
 from wan21.events import SILENT
+from wan21.parallel.world import ALONE
 from wan21.runtime import CpuRuntime
 from wan_sweep.build import build_request
 from wan_sweep.environment import Machine
@@ -95,7 +96,7 @@ def test_a_refused_key_leaves_the_original_prompt_a_warning_and_no_trace_of_itse
 
 def test_an_extended_prompt_is_what_the_request_holds(fake: FakeDashScope) -> None:
     job = Job(model="tiny", device="cpu", prompt="a kite", use_prompt_extend=True, prompt_extend_method="dashscope")
-    request, told = extend(job, build_request(job), CpuRuntime(), SILENT)
+    request, told = extend(job, build_request(job), CpuRuntime(), SILENT, ALONE)
     assert request.prompt == ANSWER
     assert told is not None
     assert (told["prompt"], told["original"], told["model"]) == (ANSWER, "a kite", "qwen-plus")
@@ -106,7 +107,7 @@ def test_an_extended_prompt_is_what_the_request_holds(fake: FakeDashScope) -> No
 def test_the_pictures_of_a_task_go_with_its_prompt(fake: FakeDashScope) -> None:
     for model, num_pictures in (("tiny-i2v", 1), ("tiny-flf2v", 2)):
         job = Job(model=model, device="cpu", use_prompt_extend=True, prompt_extend_method="dashscope")
-        extend(job, build_request(job), CpuRuntime(), SILENT)
+        extend(job, build_request(job), CpuRuntime(), SILENT, ALONE)
         content = fake.requests[-1]["body"]["input"]["messages"][1]["content"]
         assert len([part for part in content if "image" in part]) == num_pictures
         assert len({part["image"] for part in content if "image" in part}) == num_pictures

@@ -111,14 +111,14 @@ def test_changed_code_runs_again_and_says_why(tmp_path: Path) -> None:
     leave_record(planned([candidate()], tmp_path), tmp_path)
     entry = planned([candidate()], tmp_path, code="newer").jobs[0]
     assert entry.expected == "run"
-    assert entry.reason.startswith("measured again: the code has changed since ")
+    assert entry.reason.startswith("run again: the code has changed since ")
 
 
 def test_a_changed_machine_runs_again_and_says_why(tmp_path: Path) -> None:
     plan = planned([candidate()], tmp_path)
     leave_record(replace(plan, environment={"fingerprint": "ba5"}), tmp_path)
     entry = planned([candidate()], tmp_path).jobs[0]
-    assert entry.reason.startswith("measured again: the machine or its software has changed since ")
+    assert entry.reason.startswith("run again: the machine or its software has changed since ")
 
 
 @pytest.mark.parametrize(
@@ -235,3 +235,13 @@ def test_on_two_gpus_the_plan_tells_which_splits_run_and_why_another_does_not(tm
         "job 4: refused: ulysses_size=2, ring_size=2 needs 4 GPUs, this machine has 2; "
         "choose sizes whose product is at most 2"
     )
+
+
+def test_what_was_chosen_for_a_card_has_to_keep_the_rules_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"load_strategy": "block"}
+    monkeypatch.setattr("wan_sweep.plan.chosen_for", lambda *_: (chosen, "chosen"))
+    jobs = [candidate(device="auto", mode="estimate", vram_gib=8.0, host_budget_gib=gib) for gib in (0.001, 1.0)]
+    small, enough = planned(jobs, tmp_path).jobs
+    assert (enough.expected, enough.job.load_strategy) == ("run", "block")
+    assert small.expected == "refused"
+    assert "host_budget_gib=0.001 is too little: with load_strategy=block dit needs" in small.reason

@@ -180,6 +180,14 @@ def test_with_a_gpu_the_default_is_full_size_on_it() -> None:
         ),
         (
             NO_GPU,
+            {"model": "t2v-1.3B", "host_budget_gib": 1.0, "load_strategy": "block"},
+            (
+                "host_budget_gib=1 is too little: with load_strategy=block t5 needs 1.079 GiB, for what waits on the "
+                "host in any case and a ring of 3 buffers for the rest; choose 1.079 or more, or null, which pins all"
+            ),
+        ),
+        (
+            NO_GPU,
             {"ckpt_dir": "/nowhere", "device": "cpu"},
             "ckpt_dir=/nowhere does not exist; give the official checkpoint folder of tiny, or null for random weights",
         ),

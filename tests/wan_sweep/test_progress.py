@@ -38,6 +38,21 @@ def test_the_first_job_is_estimated_from_its_steps() -> None:
     assert estimate.remaining_s == 2 + 8  # two steps; then a whole job of 5 + 3 seconds
 
 
+def test_nothing_is_told_of_the_extra_passes_of_the_first_job() -> None:
+    clock = Clock()
+    estimate = Estimate(2, clock)
+    estimate.start_job()
+    for index in range(4):
+        clock.now += 1
+        estimate.event(step("end", index))
+    assert estimate.remaining_s == 4
+    estimate.start_pass()
+    assert estimate.remaining_s is None
+    clock.now += 16
+    estimate.end_job()
+    assert estimate.remaining_s == 20
+
+
 def test_later_jobs_are_estimated_from_those_that_are_done() -> None:
     clock = Clock()
     estimate = Estimate(3, clock)

@@ -11,9 +11,10 @@ import pytest
 from tests.wan_sweep.made_up_events import write_main_sweep
 from tests.wan_sweep.made_up_records import KNOBS, metrics_of, record, write_sweep
 from wan_sweep.report import write_reports
+from wan_sweep.report.markup import plain_table
 
 BASE = {"t5": 3.0, "dit": 2.0, "vae": 4.0}
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 HOSTILE = """<script>alert("x")</script><img src=x onerror='alert(1)'> & "two" 'one' </pre></details>"""
 
 
@@ -161,3 +162,8 @@ def test_an_interrupted_write_leaves_the_older_page(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         write_reports(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_long_texts_of_a_table_break_behind_dots() -> None:
+    table = plain_table({"module": "long", "operation": ""}, [("decoder.upsamples.14", "aten::add.out")])
+    assert '<td class="long">decoder.<wbr>upsamples.<wbr>14</td><td>aten::add.out</td>' in table

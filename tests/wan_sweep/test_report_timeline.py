@@ -13,7 +13,7 @@ from wan_sweep.report.labels import side_by_side
 from wan_sweep.report.overlay import draw_timelines
 from wan_sweep.report.sheet import read_sheet
 from wan_sweep.report.timeline import Timeline, read_timeline
-from wan_sweep.report.timeline_picture import draw
+from wan_sweep.report.timeline_picture import draw, subtitle
 
 SIZES = {"t5": 100.0, "dit": 40.0, "vae": 8.0}
 PEAKS = {"encode_text": 20.0, "denoise": 30.0, "decode": 60.0}
@@ -102,6 +102,21 @@ def test_a_timeline_is_drawn_into_the_jobs_folder(tmp_path: Path) -> None:
     ):
         assert with_lanes.width == without.width > 1200
         assert with_lanes.height > without.height  # what leaves has a lane of its own
+
+
+def test_an_estimated_timeline_says_that_nothing_ran(tmp_path: Path) -> None:
+    made = record(1, {})
+    write_sweep(tmp_path, made)
+    events = run_events(offload=False, sizes=SIZES, peaks=PEAKS, seconds=SECONDS, steps=2)
+    for mode, device, clock in (
+        ("measure", "H100-80GB", "[s]"),
+        ("estimate", "estimated for the H100-80GB", "at the least [s], as nothing ran"),
+    ):
+        document = {**memory_events(made, events), "device": "H100-80GB", "mode": mode}
+        timeline = read_timeline(leave(tmp_path, made, "memory_events.json", document))
+        assert timeline is not None
+        assert timeline.clock == clock
+        assert subtitle(timeline).split("   |   ")[1] == device
 
 
 def test_a_job_without_events_has_no_timeline(tmp_path: Path) -> None:

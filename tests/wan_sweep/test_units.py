@@ -18,6 +18,10 @@ def test_a_column_shows_one_unit() -> None:
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
+        (0, "0 ms"),
+        (0.0000875, "0.087 ms"),
+        (0.00339, "3.4 ms"),
+        (0.00996, "10 ms"),
         (0.0123, "12 ms"),
         (0.9996, "1.00 s"),
         (1.234, "1.23 s"),

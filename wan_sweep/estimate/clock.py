@@ -15,7 +15,8 @@ class LowerBoundClock:
         bounds: seconds of phases and of a `step`, at the least (`lower_bound.lower_bounds`).
         load_bandwidth: bytes of weights that may arrive in a second.
         num_steps: of each group of videos, in the real run.
-        num_run: how many of them are gone through; where that is fewer, the last one stands for the real last.
+        num_run: how many of them are gone through; where that is fewer, the last one stands for the real last, and the
+            events of the one before it are repeated for the steps between.
     """
 
     def __init__(
@@ -31,12 +32,24 @@ class LowerBoundClock:
         self._began = time.time()
         self._now = 0.0
         self._begun: dict[tuple[str, str, int | None], float] = {}
+        self._step: list[tuple[dict[str, Any], bool]] = []  # the events of the step gone through last
 
     def write(self, event: dict[str, Any], *, is_urgent: bool) -> None:
         """Passes an event on."""
+        if event["kind"] == "step" and event["event"] == "begin":
+            group, step = divmod(event["index"], self._num_run)
+            for between in range(step, self._num_steps - 1) if step == self._num_run - 1 else ():
+                for one, was_urgent in self._step:
+                    self._pass_on(one, group * self._num_steps + between, is_urgent=was_urgent)
+            self._step = []
+        if event["kind"] in {"step", "block"}:
+            self._step.append((event, is_urgent))
+        self._pass_on(event, None if event["index"] is None else self._real_step(event["index"]), is_urgent=is_urgent)
+
+    def _pass_on(self, event: dict[str, Any], step: int | None, *, is_urgent: bool) -> None:
         event = dict(event)
         if event["kind"] == "step":
-            event["index"] = self._real_step(event["index"])
+            event["index"] = step
             event["total"] = event["total"] // self._num_run * self._num_steps
         key = (event["kind"], event["name"], event["index"])
         if event["event"] == "begin":
@@ -55,6 +68,8 @@ class LowerBoundClock:
             return float(event["moved_bytes"] / self._load_bandwidth)
         if event["kind"] in {"phase", "step"}:
             return self._bounds.get(event["name"], 0.0)
+        if event["kind"] == "video":  # all of decoding
+            return float(self._bounds.get("decode", 0.0) / event["total"])
         return 0.0
 
     def _real_step(self, index: int) -> int:

@@ -195,7 +195,7 @@ def _resolved(job: Job, machine: Machine) -> Resolved:
         knobs, _ = chosen_for(one.job, card_named(card_of(one.job, machine)))
     except UsageError as error:
         return dataclasses.replace(one, refusal=str(error))
-    return dataclasses.replace(one, job=one.job.replace(**knobs))
+    return resolve(one.job.replace(**knobs), machine)  # what was chosen has rules, too
 
 
 def _entry(candidate: Candidate, one: Resolved, key: str, *, number: int, width: int) -> PlannedJob:
@@ -239,9 +239,9 @@ def _look_up(entry: PlannedJob, older: Sequence[tuple[Path, Record]], plan: Plan
         if not _settles(record, retry_failed=entry.job.retry_failed):
             continue
         if record.code_version != plan.code_version:
-            stale = stale or f"measured again: the code has changed since {path}"
+            stale = stale or f"run again: the code has changed since {path}"
         elif print_now and record.environment.get("fingerprint", "") != print_now:
-            stale = stale or f"measured again: the machine or its software has changed since {path}"
+            stale = stale or f"run again: the machine or its software has changed since {path}"
         else:
             told = "" if record.outcome == "ok" else f" ({record.outcome})"
             reason = f"done before in {path}{told}"

@@ -1,6 +1,7 @@
 """Pieces of HTML. Whatever is not made here is escaped here."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -48,4 +49,8 @@ def plain_table(heads: Mapping[str, str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(name: str, words: str, kind: str) -> str:
-    return element(name, escape(words), **({"class_": kind} if kind else {}))
+    """Return a cell of a table; a long text breaks its lines behind dots and the like rather than inside a number."""
+    text = escape(words)
+    if kind == "long":
+        text = re.sub(r"([./,=])(?=\S)", r"\1<wbr>", text)
+    return element(name, text, **({"class_": kind} if kind else {}))

@@ -61,7 +61,7 @@ def _draw_in_one(sheet: Sheet, timelines: Timelines, path: Path, title: str) -> 
         clean_value_axis(axes, "y")
         axes.set_ylim(top=axes.dataLim.y1 * 1.1 or 1.0)
         axes.set_xlim(left=0)
-        axes.set_xlabel("time since the start of each job's first phase [s]")
+        axes.set_xlabel(f"time since the start of each job's first phase {timelines[0][1].clock}")
         axes.set_ylabel(f"highest allocated [{unit}]")
         entitle(figure, title)
         name_lines(figure, axes.lines[::2])
@@ -90,7 +90,7 @@ def _draw_small(sheet: Sheet, timelines: Timelines, path: Path, title: str) -> N
         places[0].set_ylim(0, in_unit(top, is_in_gib=sheet.is_in_gib) * 1.08 or 1.0)
         for axes in places[len(timelines) :]:
             axes.set_visible(False)
-        clock = "seconds since the start of the job's first phase" + (
+        clock = f"time since the start of the job's first phase {timelines[0][1].clock}" + (
             "" if has_one_clock else ", each with its own scale"
         )
         figure.supylabel(f"device memory [{unit}]", fontsize=9.5)

@@ -196,7 +196,8 @@ def _draw_bar_legend(axes: "Axes", bars: list[Bar]) -> None:
         for part, colour in PART_COLOURS.items()
         if part in shown
     ]
-    handles.append(Patch(facecolor="none", edgecolor=INK, label="reserved, not allocated"))
+    if any(bar.reserved > bar.height for bar in bars):
+        handles.append(Patch(facecolor="none", edgecolor=INK, label="reserved, not allocated"))
     if any(bar.gap for bar in bars):
         handles.append(Patch(facecolor="none", edgecolor="#D0D0D0", hatch="///", label="not measured"))
     ncols = len(handles) if len(handles) <= _PARTS_PER_LINE else -(-len(handles) // 2)

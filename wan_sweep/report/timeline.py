@@ -79,6 +79,7 @@ class Timeline:
         number: of the job.
         name: of the job's folder.
         device: where it ran.
+        is_estimate: whether nothing ran, and each time is the least possible.
         rank: which of several ranks it is of; None where there is one.
         trouble: outcome and reason of a job that was not ok; empty otherwise.
         times: of the boundaries.
@@ -94,6 +95,7 @@ class Timeline:
     number: int
     name: str
     device: str
+    is_estimate: bool
     rank: int | None
     trouble: str
     times: tuple[float, ...]
@@ -123,6 +125,11 @@ class Timeline:
             else:
                 found.append((start, end, peak))
         return found
+
+    @property
+    def clock(self) -> str:
+        """What its times are, for an axis."""
+        return "at the least [s], as nothing ran" if self.is_estimate else "[s]"
 
     @property
     def has_reserve(self) -> bool:
@@ -164,6 +171,7 @@ def _timeline(document: Mapping[str, Any], found: Sequence[Mapping[str, Any]], t
         number=document["job"]["number"],
         name=document["job"]["name"],
         device=document["device"],
+        is_estimate=document.get("mode") == "estimate",
         rank=document["rank"] if document.get("num_ranks", 1) > 1 else None,
         trouble=trouble,
         times=tuple(event["elapsed_s"] for event in events),

@@ -66,9 +66,9 @@ def draw(timeline: Timeline, path: Path) -> None:
             _draw_lane(lowest, moves, timeline)
         for one in figure.axes:
             one.tick_params(axis="x", labelbottom=one is lowest, length=3 if one is lowest else 0)
-        lowest.set_xlabel("time since the start of the job's first phase [s]")
+        lowest.set_xlabel(f"time since the start of the job's first phase {timeline.clock}")
         figure.text(0.012, 1 - 0.13 / height, _title(timeline), va="top", fontsize=12.5, fontweight="bold")
-        figure.text(0.012, 1 - 0.42 / height, _subtitle(timeline), va="top", fontsize=_SMALL + 0.4, color="#555555")
+        figure.text(0.012, 1 - 0.42 / height, subtitle(timeline), va="top", fontsize=_SMALL + 0.4, color="#555555")
         handles = legend_handles([timeline])
         figure.legend(
             handles=handles,
@@ -217,7 +217,8 @@ def _draw_lane(axes: "Axes", moves: Sequence[Move], timeline: Timeline) -> None:
         axes.text(
             0,
             0,
-            f"{move.component} {format_bytes(move.num_bytes)}, {format_seconds(move.seconds)}",
+            f"{move.component} {format_bytes(move.num_bytes)}"
+            + (f", {format_seconds(move.seconds)}" if move.seconds else ""),
             fontsize=_SMALL - 0.4,
             va="top",
         )
@@ -278,8 +279,10 @@ def _title(timeline: Timeline) -> str:
     return f"Peak {format_bytes(peak.num_bytes)} in {peak.phase or 'no phase'}: {share:.0f} % of it {what}"
 
 
-def _subtitle(timeline: Timeline) -> str:
-    words = [f"job {timeline.number}: {timeline.name.partition('_')[2].replace(',', ', ')}", timeline.device]
+def subtitle(timeline: Timeline) -> str:
+    """Which job it is, of which rank, and on what it ran or would run."""
+    device = f"estimated for the {timeline.device}" if timeline.is_estimate else timeline.device
+    words = [f"job {timeline.number}: {timeline.name.partition('_')[2].replace(',', ', ')}", device]
     if timeline.rank is not None:
         words.insert(1, f"rank {timeline.rank}")
     if timeline.has_reserve:

@@ -8,9 +8,7 @@ from torch import nn
 from wan21.parallel.exchange import all_gather
 from wan21.parallel.world import Group
 from wan21.runtime import Mark, Runtime
-
-ALIGNMENT = 256
-"""Every tensor starts at a multiple of this in a packed buffer, as it would coming from an allocator."""
+from wan21.waiting import aligned
 
 WritePart = Callable[[str, torch.Tensor, int], None]
 """Fills a flat tensor with the elements of the parameter of this name, from a number on."""
@@ -30,9 +28,8 @@ class Packing:
         for name, parameter in parameters.items():
             num_bytes = parameter.numel() * parameter.element_size()
             self._places[name] = (offset, num_bytes, parameter.shape, parameter.dtype)
-            offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        share = ALIGNMENT * num_shares
-        self.num_bytes = -(-offset // share) * share
+            offset += aligned(num_bytes)
+        self.num_bytes = aligned(offset, num_shares)
 
     def share(self, group: Group) -> slice:
         """The bytes of the buffer that a process of this group keeps."""

@@ -7,7 +7,6 @@ needs the memory, so a host that has it reads the disk once.
 Promise: the same bits in the same places, so results are equal to those with all pieces in pinned memory.
 """
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,16 +17,11 @@ from queue import SimpleQueue
 
 import torch
 
-from wan21.errors import UsageError
 from wan21.memory.packing import Packing
 from wan21.parallel.exchange import all_gather
 from wan21.parallel.world import Group
-from wan21.runtime import Mark, Runtime, whole_pages
-
-GIB = 2**30
-
-NUM_BUFFERS = 3
-"""One is copied from, one is full, one is being filled."""
+from wan21.runtime import Mark, Runtime
+from wan21.waiting import NUM_BUFFERS
 
 Write = Callable[[int, str, torch.Tensor, int], None]
 """Fills a flat tensor with the elements of the named parameter of the block of this index, from a number on."""
@@ -40,47 +34,12 @@ Fill = Callable[[int, torch.Tensor], None]
 class HostBudget:
     """What may wait in pinned host memory, and how the rest is read again.
 
-    num_bytes: at most.
-    taken_bytes: of these, what waits already beside streamed weights.
+    num_bytes: at most, of streamed blocks and of the ring; at least `waiting.least_pinned`.
     open: opens the source of the weights once more, and gives what writes from it; called in the thread that reads.
     """
 
     num_bytes: int
-    taken_bytes: int
     open: Callable[[], AbstractContextManager[Write]]
-
-
-def choose_pinned(sizes: Sequence[int], budget_bytes: int, taken_bytes: int = 0) -> frozenset[int]:
-    """The numbers of the pieces that are pinned for good within a budget: all, or those that the ring leaves room for.
-
-    Args:
-        sizes: of this process's share of each piece, in the order of use.
-        budget_bytes: for these, the ring, and what is taken.
-        taken_bytes: by other weights that wait.
-
-    Raises:
-        UsageError: not even the ring fits.
-    """
-    pages = [whole_pages(size) for size in sizes]
-    left = budget_bytes - taken_bytes
-    if sum(pages) <= left:
-        return frozenset(range(len(pages)))
-    ring = NUM_BUFFERS * max(pages)
-    if ring > left:
-        least = math.ceil((min(ring, sum(pages)) + taken_bytes) / GIB * 1000) / 1000
-        raise UsageError(
-            f"host_budget_gib={budget_bytes / GIB:.4g} is too little: {taken_bytes / GIB:.4g} GiB wait on the host in "
-            f"any case, and a ring of {NUM_BUFFERS} buffers for the rest takes {ring / GIB:.4g}; choose at least "
-            f"{least:g}, load_strategy=part, whose pieces are smaller, or null, which pins all"
-        )
-    kept: set[int] = set()
-    kept_bytes = seen_bytes = 0
-    for number, num_bytes in enumerate(pages):  # spread evenly, so that reading has time between them
-        seen_bytes += num_bytes
-        if (kept_bytes + num_bytes) * sum(pages) <= (left - ring) * seen_bytes:
-            kept_bytes += num_bytes
-            kept.add(number)
-    return frozenset(kept)
 
 
 class _Buffer:

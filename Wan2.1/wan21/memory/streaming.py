@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 
 from wan21.memory.packing import Packing, Waiting
-from wan21.memory.reading import Fill, HostBudget, ReadAhead, Ring, Write, choose_pinned
+from wan21.memory.reading import Fill, HostBudget, ReadAhead, Ring, Write
 from wan21.parallel.world import Group
 from wan21.parts import InParts
 from wan21.runtime import Mark, Runtime
+from wan21.waiting import choose_pinned, spread_evenly
 from wan21.weights.load import put
 
 Unit = Literal["block", "part"]
@@ -61,8 +62,11 @@ class StreamPlan:
 
     def __init__(self, blocks: Iterable[InParts], unit: Unit, resident_bytes: int = 0, *, num_shares: int = 1) -> None:
         pieces = [_pieces(index, block, unit, num_shares) for index, block in enumerate(blocks)]
-        kept, self.streamed = _spread([[piece for piece in block if piece.parts] for block in pieces], resident_bytes)
-        self.resident = [piece for block in pieces for piece in block if not piece.parts] + kept
+        in_parts = [[piece for piece in block if piece.parts] for block in pieces]
+        kept = spread_evenly([sum(piece.num_bytes for piece in block) for block in in_parts], resident_bytes)
+        self.streamed = [piece for block in in_parts for piece in block if piece.block not in kept]
+        always = [piece for block in pieces for piece in block if not piece.parts]
+        self.resident = always + [piece for block in in_parts for piece in block if piece.block in kept]
         sizes = [piece.num_bytes for piece in self.streamed]
         in_turn = [*sizes, sizes[0]] if len(sizes) % 2 == 0 and sizes else sizes  # an odd number ends where it begins
         self.room_bytes = max([*sizes, *(one + other for one, other in pairwise(in_turn))], default=0)
@@ -88,22 +92,6 @@ def _pieces(index: int, block: InParts, unit: Unit, num_shares: int) -> list[Pie
     return [*pieces, Piece(index, tuple(by_part), Packing(everything, num_shares))]
 
 
-def _spread(blocks: Sequence[Sequence[Piece]], resident_bytes: int) -> tuple[list[Piece], list[Piece]]:
-    """Those to keep and those to stream: up to each block, the kept share is at most what the budget is of all."""
-    sizes = [sum(piece.num_bytes for piece in block) for block in blocks]
-    kept: list[Piece] = []
-    streamed: list[Piece] = []
-    kept_bytes = seen_bytes = 0
-    for block, num_bytes in zip(blocks, sizes, strict=True):
-        seen_bytes += num_bytes
-        if (kept_bytes + num_bytes) * sum(sizes) <= resident_bytes * seen_bytes:
-            kept_bytes += num_bytes
-            kept += block
-        else:
-            streamed += block
-    return kept, streamed
-
-
 def stream(
     blocks: Sequence[InParts],
     plan: StreamPlan,
@@ -123,9 +111,6 @@ def stream(
         runtime: where they are used.
         group: the processes that stream the same blocks together.
         budget: of pinned host memory; what it leaves no room for is read again and again. None: all is pinned.
-
-    Raises:
-        UsageError: the budget is too small.
 
     Memory: what the plan says on the device, and this process's share of what is streamed on the host (pinned on CUDA).
     """
@@ -154,7 +139,7 @@ def _on_the_host(
     shares = [piece.num_bytes // group.size for piece in plan.streamed]
     pinned = frozenset(range(len(shares)))
     if budget is not None:
-        pinned = choose_pinned(shares, budget.num_bytes, budget.taken_bytes)
+        pinned = choose_pinned(shares, budget.num_bytes)
     read = [number for number in range(len(shares)) if number not in pinned]
     ring: Ring | None = None
     if budget is not None and read:

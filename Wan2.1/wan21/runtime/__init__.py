@@ -16,7 +16,7 @@ from wan21.errors import UsageError
 from wan21.runtime.base import Mark, Memory, Runtime, Stream
 from wan21.runtime.cpu import CpuRuntime
 from wan21.runtime.cuda import CudaRuntime
-from wan21.runtime.host import whole_pages
+from wan21.waiting import whole_pages
 
 __all__ = [
     "CpuRuntime",

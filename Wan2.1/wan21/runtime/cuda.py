@@ -35,6 +35,11 @@ class _CudaMark(Mark):
         self.event.synchronize()
 
 
+def _mark_in(stream: torch.cuda.Stream) -> Mark:
+    # A blocking event lets a thread that waits for it sleep; for a plain one it would spin.
+    return _CudaMark(stream.record_event(torch.cuda.Event(blocking=True)))
+
+
 class _CudaStream(Stream):
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,10 +49,10 @@ class _CudaStream(Stream):
         return torch.cuda.stream(self._stream)
 
     def mark(self) -> Mark:
-        return _CudaMark(self._stream.record_event())
+        return _mark_in(self._stream)
 
     def mark_current(self) -> Mark:
-        return _CudaMark(torch.cuda.current_stream(self._device).record_event())
+        return _mark_in(torch.cuda.current_stream(self._device))
 
     def wait(self, mark: Mark) -> None:
         if not isinstance(mark, _CudaMark):

@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-
-def whole_pages(num_bytes: int) -> int:
-    """Bytes of the pages that a buffer takes."""
-    return -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+from wan21.waiting import whole_pages
 
 
 class HostPages:

@@ -24,6 +24,7 @@ from wan21.decoding import decode
 from wan21.dit.context import Context
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.opening import Opening
+from wan21.dit.tokens import Tokens
 from wan21.dit.vace import Control
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
@@ -112,6 +113,7 @@ class VideoPipeline:
         plan = choose_plan(self._spec, self._options, request.shape.latent)
         if self._options.kernels == "fused":
             warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime, plan.frames_at_once)
+            self._components.warm_up(self._tokens(request))
         pictures, sources = load_pictures(self._spec, request), load_control(self._spec, request)
         encodes = bool(pictures) or sources is not None
         if not self._options.offload:
@@ -265,9 +267,7 @@ class VideoPipeline:
                 contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
             timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        tokens = shared_tokens(
-            shape.num_tokens, self._world, self._options.attention_kernel, is_fused=self._options.kernels == "fused"
-        )
+        tokens = self._tokens(request)
         turns = tokens.own(model.rotations(shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),
@@ -305,6 +305,12 @@ class VideoPipeline:
                         del flow, given
             finished += sample.split(1)
         return finished
+
+    def _tokens(self, request: Request) -> Tokens:
+        """The tokens of each video that are here."""
+        options = self._options
+        num_tokens, is_fused = request.denoised_shape.num_tokens, options.kernels == "fused"
+        return shared_tokens(num_tokens, self._world, options.attention_kernel, is_fused=is_fused)
 
     def _opening(self, negative: list[Context]) -> Opening | None:
         """What both passes of a step share, if there are two here and they shall."""

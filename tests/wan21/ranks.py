@@ -119,7 +119,7 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     runtime = make_runtime(local_device(device))
     world = connect(layout, runtime)
     is_fused = case.is_fused and world.size > 1
-    operations = FusedOperations(members=layout.ulysses) if is_fused else Operations()
+    operations = FusedOperations() if is_fused else Operations()
     shared.FEWEST_ROWS = case.fewest_rows
     dim, heads = case.num_heads * case.head_dim, case.num_heads
     config = DitConfig(dim=dim, ffn_dim=128, num_heads=heads, num_layers=2, text_dim=32, text_len=8)

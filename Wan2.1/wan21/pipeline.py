@@ -18,7 +18,7 @@ from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
 from wan21.conditioning import Condition, frame_mask, frame_pixels, load_pictures, resized
-from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
+from wan21.config import COMPONENTS, ModelSpec, Options, Request, keeps_passes_apart, rounds_products
 from wan21.control import ControlSources, encode_control, load_control
 from wan21.decoding import decode
 from wan21.dit.context import Context
@@ -33,6 +33,7 @@ from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices, choose_rows
 from wan21.parallel.exchange import broadcast
 from wan21.parallel.layout import check_layout
+from wan21.parallel.opening import OpeningOfPair
 from wan21.parallel.tokens import shared_tokens
 from wan21.parallel.world import ALONE, World
 from wan21.runtime import Runtime
@@ -313,9 +314,13 @@ class VideoPipeline:
         return shared_tokens(num_tokens, self._world, options.attention_kernel, is_fused=is_fused)
 
     def _opening(self, negative: list[Context]) -> Opening | None:
-        """What both passes of a step share, if there are two here and they shall."""
-        has_two = bool(negative) and self._spec.dit.vace is None
-        return Opening() if has_two and self._options.share_first_attention else None
+        """What both passes of a step share, here or with another process, if they shall and can."""
+        options = self._options
+        if not options.share_first_attention or keeps_passes_apart(options, self._spec):
+            return None
+        if self._world.cfg.size > 1:
+            return OpeningOfPair(self._world.cfg)
+        return Opening() if negative else None
 
     def _sampler(self, request: Request) -> Sampler:
         return make_sampler(

@@ -153,14 +153,14 @@ class Bench:
         self.seconds_to_forward = 1 / layout.cfg
 
 
-def measure(flags: argparse.Namespace, layout: Layout, rows: int | None, runtime: "Runtime") -> dict[str, Any]:
+def measure(flags: argparse.Namespace, name: str, rows: int | None, runtime: "Runtime") -> dict[str, Any]:
     """One split, on this rank."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, schedule
 
     is_cuda = runtime.device.type == "cuda"
     with torch.no_grad():
-        bench = Bench(flags, layout, rows, runtime)
+        bench = Bench(flags, SPLITS[name], rows, runtime)
         bench.forward()
         seconds, launching = [], []
         runtime.reset_memory_peaks()
@@ -174,14 +174,22 @@ def measure(flags: argparse.Namespace, layout: Layout, rows: int | None, runtime
         found: dict[str, Any] = {"forward_s": bench.seconds_to_forward * median(seconds), "launch_s": median(launching)}
         if is_cuda:
             found["peak_bytes"] = runtime.memory().allocated_peak_bytes
-        with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
-            bench.forward()
-            runtime.synchronize()
-    if int(os.environ.get("RANK", "0")) == 0:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(path))
-            found |= account(json.loads(path.read_text())["traceEvents"], flags.top)
+            is_first = int(os.environ.get("RANK", "0")) == 0
+            path = Path(flags.traces if flags.traces and is_first else folder, f"{name}_rows={rows}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with profile(
+                activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU],
+                # A forward ahead, or one rank's messages would wait until the other's profiler has begun.
+                schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+                on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+            ) as profiler:
+                for _ in range(2):
+                    bench.forward()
+                    runtime.synchronize()
+                    profiler.step()
+            if is_first:
+                found |= account(json.loads(path.read_text())["traceEvents"], flags.top)
     return found
 
 
@@ -222,7 +230,7 @@ def measure_splits(flags: argparse.Namespace) -> dict[str, Any]:
         for rows in flags.rows if layout != SINGLE else flags.rows[:1]:
             words = name if rows is None else f"{name}, rows_at_once={rows}"
             if layout.world_size > 1 or rank == 0:
-                results[words] = measure(flags, layout, rows, runtime)
+                results[words] = measure(flags, name, rows, runtime)
             if rank == 0:
                 alone_s = alone_s or results[words]["forward_s"]
                 show(words, results[words], alone_s)
@@ -277,6 +285,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[None], help="values of rows_at_once; default: chosen")
     parser.add_argument("--forwards", type=int, default=3, help="how many are timed; default: 3")
     parser.add_argument("--top", type=int, default=10, help="how many kernels are named; default: 10")
+    parser.add_argument("--traces", metavar="FOLDER", help="where the first rank keeps its traces; default: nowhere")
     parser.add_argument("--attention", action="store_true", help="rates of attention alone, in one process")
     flags = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler is chatty otherwise

@@ -135,7 +135,7 @@ class Job:
         bool,
         Rule(
             meaning="Both passes of guidance share the first block's self attention, which has not seen the prompt; a "
-            "copy of the residual waits on the device."
+            "copy of the residual waits on the device, or, with cfg_parallel, each rank works out half of the heads."
         ),
     ] = False
     residual_on_host: Annotated[

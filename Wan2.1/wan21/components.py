@@ -15,6 +15,7 @@ from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit
 from wan21.dit.operations import FusedOperations, Operations
+from wan21.dit.tokens import Tokens
 from wan21.errors import UsageError
 from wan21.events import Observer, Span
 from wan21.kernels.fp8 import FP8
@@ -71,10 +72,10 @@ def make_operations(options: Options, runtime: Runtime) -> Operations:
         check_capability(options, runtime.capability)
     attention = choose_attention(options.attention_kernel)
     if options.linear_format == "fp8":
-        return Fp8Operations(attention, options.layout.ulysses)
+        return Fp8Operations(attention)
     if options.kernels == "torch":
         return Operations(attention)
-    return FusedOperations(attention, options.layout.ulysses)
+    return FusedOperations(attention)
 
 
 class Components:
@@ -101,6 +102,13 @@ class Components:
         self._operations = make_operations(options, runtime)
         self._operations.warm_up(spec.dit, DTYPES[options.precision], runtime.device)
         runtime.empty_cache()
+
+    def warm_up(self, tokens: Tokens) -> None:
+        """Has everything compiled that the transformer needs where its tokens are shared so."""
+        config, dtype, device = self._spec.dit, DTYPES[self._options.precision], self._runtime.device
+        self._operations.warm_up_groups(config, dtype, device, tokens.num_groups(config.num_heads))
+        tokens.warm_up(torch.zeros((1, 1, 1, config.head_dim), dtype=dtype, device=device))
+        self._runtime.empty_cache()
 
     @property
     def t5_is_shared(self) -> bool:

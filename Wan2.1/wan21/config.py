@@ -504,7 +504,8 @@ class Options:
     rows_at_once: tokens that pass through the transformer's norms and linear layers at once, at most; None: as many as
         keep temporaries small.
     share_first_attention: of both passes of guidance one works out the first block's self attention, which has not seen
-        the prompt, and the other takes it over; a copy of the residual waits in between.
+        the prompt, and the other takes it over; a copy of the residual waits in between. Where two processes make one
+        pass each, either works out half of the heads.
     residual_on_host: share of the transformer's residual that waits on the host, 0 to 1; its queries are then sliced
         as finely as `rows_at_once` says.
     vae_budget_gib: what the VAE may take beside its weights; it then works in tiles, exactly. None: in whole frames.
@@ -693,7 +694,7 @@ def idle_knobs(
         idle["gradient_checkpointing"] = "no gradients are kept when generating, so there is nothing to recompute"
     if options.resident_gib and options.load_strategy == "full":
         idle["resident_gib"] = "with load_strategy=full all weights stay on the device"
-    if options.share_first_attention and (reason := _one_pass(options, spec, request)):
+    if options.share_first_attention and (reason := _nothing_to_share(options, spec, request)):
         idle["share_first_attention"] = reason
     if options.host_budget_gib is not None and options.load_strategy == "full":
         idle["host_budget_gib"] = "with load_strategy=full no weights wait on the host"
@@ -702,12 +703,20 @@ def idle_knobs(
     return idle
 
 
-def _one_pass(options: Options, spec: ModelSpec | None, request: Request | None) -> str:
-    """Why a process makes no two passes that begin alike; empty if it does."""
-    if options.layout.cfg > 1:
-        return "with cfg_parallel=true each rank makes one of the two passes"
+def _nothing_to_share(options: Options, spec: ModelSpec | None, request: Request | None) -> str:
+    """Why there are no two passes that begin alike and can share that; empty if there are."""
     if request is not None and request.guide_scale == 1:
         return "with sample_guide_scale=1 there is one pass"
-    if spec is not None and spec.dit.vace is not None:
+    return "" if spec is None else keeps_passes_apart(options, spec)
+
+
+def keeps_passes_apart(options: Options, spec: ModelSpec) -> str:
+    """Why both passes of guidance cannot share the first block's self attention; empty if they can."""
+    layout = options.layout
+    if spec.dit.vace is not None:
         return f"the control stream of {spec.name} begins before the first block"
+    if layout.cfg > 1 and layout.ring > 1:
+        return "with cfg_parallel=true heads would be shared, which go round the ring of ring_size in groups"
+    if layout.cfg > 1 and (heads := spec.dit.num_heads // layout.ulysses) % layout.cfg:
+        return f"with cfg_parallel=true {layout.cfg} ranks would share the {heads} heads that each of them has"
     return ""

@@ -18,12 +18,13 @@ from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
 from wan21.conditioning import Condition, frame_mask, frame_pixels, load_pictures, resized
-from wan21.config import COMPONENTS, ModelSpec, Options, Request, rounds_products
+from wan21.config import COMPONENTS, ModelSpec, Options, Request, keeps_passes_apart, rounds_products
 from wan21.control import ControlSources, encode_control, load_control
 from wan21.decoding import decode
 from wan21.dit.context import Context
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.opening import Opening
+from wan21.dit.tokens import Tokens
 from wan21.dit.vace import Control
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
@@ -32,6 +33,7 @@ from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices, choose_rows
 from wan21.parallel.exchange import broadcast
 from wan21.parallel.layout import check_layout
+from wan21.parallel.opening import OpeningOfPair
 from wan21.parallel.tokens import shared_tokens
 from wan21.parallel.world import ALONE, World
 from wan21.runtime import Runtime
@@ -112,6 +114,7 @@ class VideoPipeline:
         plan = choose_plan(self._spec, self._options, request.shape.latent)
         if self._options.kernels == "fused":
             warm_up(self._spec.vae, DTYPES[self._options.vae_precision], self._runtime, plan.frames_at_once)
+            self._components.warm_up(self._tokens(request))
         pictures, sources = load_pictures(self._spec, request), load_control(self._spec, request)
         encodes = bool(pictures) or sources is not None
         if not self._options.offload:
@@ -265,9 +268,7 @@ class VideoPipeline:
                 contexts = [model.embed_pictures(condition.tokens, context) for context in contexts]
             timesteps = self._sampler(request).timesteps
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
-        tokens = shared_tokens(
-            shape.num_tokens, self._world, self._options.attention_kernel, is_fused=self._options.kernels == "fused"
-        )
+        tokens = self._tokens(request)
         turns = tokens.own(model.rotations(shape.grid, self._runtime.device), 0)
         plan = ForwardPlan(
             query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),
@@ -306,10 +307,20 @@ class VideoPipeline:
             finished += sample.split(1)
         return finished
 
+    def _tokens(self, request: Request) -> Tokens:
+        """The tokens of each video that are here."""
+        options = self._options
+        num_tokens, is_fused = request.denoised_shape.num_tokens, options.kernels == "fused"
+        return shared_tokens(num_tokens, self._world, options.attention_kernel, is_fused=is_fused)
+
     def _opening(self, negative: list[Context]) -> Opening | None:
-        """What both passes of a step share, if there are two here and they shall."""
-        has_two = bool(negative) and self._spec.dit.vace is None
-        return Opening() if has_two and self._options.share_first_attention else None
+        """What both passes of a step share, here or with another process, if they shall and can."""
+        options = self._options
+        if not options.share_first_attention or keeps_passes_apart(options, self._spec):
+            return None
+        if self._world.cfg.size > 1:
+            return OpeningOfPair(self._world.cfg)
+        return Opening() if negative else None
 
     def _sampler(self, request: Request) -> Sampler:
         return make_sampler(

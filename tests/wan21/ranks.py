@@ -69,7 +69,12 @@ class Ranks:
             if not pipe.poll(LONGEST if not errors else 1.0):
                 errors.append(f"rank {rank} hangs")
                 continue
-            result, error = pipe.recv()
+            try:
+                result, error = pipe.recv()
+            except EOFError:
+                self._processes[rank].join()
+                errors.append(f"rank {rank} died, exit code {self._processes[rank].exitcode}")
+                continue
             results.append(result)
             if error:
                 errors.append(f"rank {rank}: {error}")
@@ -83,6 +88,15 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def run_afresh(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The same in processes that end with it, as the ranks of a job do."""
+    ranks = Ranks(size)
+    try:
+        return ranks.run(size, function, *arguments)
+    finally:
+        ranks.close()
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     runtime = make_runtime(local_device(device))
     world = connect(layout, runtime)
     is_fused = case.is_fused and world.size > 1
-    operations = FusedOperations(members=layout.ulysses) if is_fused else Operations()
+    operations = FusedOperations() if is_fused else Operations()
     shared.FEWEST_ROWS = case.fewest_rows
     dim, heads = case.num_heads * case.head_dim, case.num_heads
     config = DitConfig(dim=dim, ffn_dim=128, num_heads=heads, num_layers=2, text_dim=32, text_len=8)

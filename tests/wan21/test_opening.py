@@ -8,11 +8,14 @@ import torch
 
 from tests.wan21.test_dit import inputs, small
 from tests.wan21.test_pipeline import generate, request
+from wan21.attention import attend
 from wan21.config import Options, idle_knobs, make_request, model_spec
 from wan21.dit.layers import SelfAttention
 from wan21.dit.opening import Opening
 from wan21.errors import UsageError
 from wan21.layout import Layout
+from wan21.parallel.opening import OpeningOfPair
+from wan21.parallel.world import Group
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,23 @@ def test_an_opening_serves_two_forwards_and_no_third() -> None:
         model(latents, 700, context, opening=Opening())
 
 
+def test_of_two_processes_that_make_one_pass_each_either_attends_with_half_of_the_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = torch.randn(3, 2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    halves: list[torch.Tensor] = []
+
+    def gathered(_: Group, own: torch.Tensor) -> torch.Tensor:
+        halves.append(own)
+        return torch.stack((halves[0], own))
+
+    monkeypatch.setattr("wan21.parallel.opening.gathered", gathered)
+    for rank in range(2):
+        found = OpeningOfPair(Group((0, 1), rank)).attention(attend)(q, k, v)
+    assert [half.shape for half in halves] == [(2, 5, 16)] * 2
+    assert torch.equal(found, attend(q, k, v))
+
+
 @pytest.mark.parametrize("chosen", [{}, {"load_strategy": "block", "offload": True}], ids=str)
 def test_a_video_whose_passes_share_their_beginning_has_the_same_bits(
     chosen: dict[str, Any], attentions: list[int]
@@ -82,14 +102,19 @@ def test_what_leaves_nothing_to_share_is_refused_by_name(chosen: dict[str, Any],
         Options(share_first_attention=True, **chosen)
 
 
-def test_where_a_process_makes_one_pass_sharing_is_said_to_do_nothing() -> None:
+def test_where_nothing_can_be_shared_the_knob_is_said_to_do_nothing() -> None:
     spec, vace = model_spec("tiny"), model_spec("tiny-vace")
     shares = Options(share_first_attention=True)
-    halves = Options(share_first_attention=True, layout=Layout(cfg=2))
+    pair, ring, odd = (
+        Options(share_first_attention=True, layout=layout)
+        for layout in (Layout(cfg=2), Layout(cfg=2, ring=2), Layout(cfg=2, ulysses=spec.dit.num_heads))
+    )
     for options, asked, of in (
-        (halves, make_request(spec, seed=0), spec),
+        (ring, make_request(spec, seed=0), spec),
+        (odd, make_request(spec, seed=0), spec),
         (shares, make_request(spec, seed=0, guide_scale=1.0), spec),
         (shares, make_request(vace, seed=0), vace),
     ):
         assert "share_first_attention" in idle_knobs(options, "cuda", of, asked)
-    assert not idle_knobs(shares, "cuda", spec, make_request(spec, seed=0))
+    for options in (shares, pair):
+        assert not idle_knobs(options, "cuda", spec, make_request(spec, seed=0))

@@ -1,7 +1,7 @@
 """What several processes rely on, each by itself: layouts, merged attention, shares of weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from wan21.assets import open_assets
-from wan21.attention import attend_with_lse
+from wan21.attention import attend, attend_with_lse
 from wan21.config import Options, make_request, model_spec
 from wan21.dit.operations import FusedOperations, Operations, RmsNorm
+from wan21.dit.residual import Outs, chunks
+from wan21.dit.tokens import AtHand, Brought
 from wan21.errors import UsageError
 from wan21.kernels import tokens
 from wan21.layout import SINGLE, Layout
 from wan21.memory.packing import Packing
+from wan21.parallel import ring
+from wan21.parallel.exchange import Messages
 from wan21.parallel.layout import check_layout
 from wan21.parallel.ring import Mean, heads_at_once
 from wan21.parallel.table import SharedTable
@@ -265,6 +269,66 @@ def test_ranks_that_share_tiles_get_a_plan_whose_largest_share_is_least() -> Non
     assert four.num_tiles == 4
     assert budget.work(four, 4) < 0.35 * budget.work(alone)  # halos, and what all do
     assert budget.num_bytes(four) < 0.5 * budget.num_bytes(alone)
+
+
+class TwoAlike:
+    """A ring of two members with the same keys and values; notes what happens in which order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.sent: list[torch.Tensor] = []
+        self.tokens = SharedTokens(10, World(ring=PAIR, sequence=PAIR), self._attend)
+        monkeypatch.setattr(ring, "exchange", self._exchange)
+
+    def _attend(self, *heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.events.append("attend")
+        return attend_with_lse(*heads)
+
+    def _exchange(
+        self, _: Group, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor], __: object
+    ) -> Messages:
+        self.events.append("send")
+        self.sent.append(sends[1])
+        receives[1].copy_(sends[1])
+        return Messages([], [])
+
+    def collect(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> tuple[Brought, ...]:
+        def produce(rows: slice, _: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
+            for name, heads, out in zip("vkq", (v, k, q), outs, strict=True):
+                self.events.append(name)
+                assert out is not None
+                yield out.copy_(heads[:, rows].view(out.shape))
+
+        room = self.tokens.room(2, (1, 5, 4, 8), q)
+        return self.tokens.collect(chunks(q.flatten(2), size), produce, (*room, torch.empty_like(room[0])))
+
+
+PAIR = Group((0, 1), 0)
+
+
+def test_keys_set_out_before_the_last_queries_are_made_and_two_messages_are_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = torch.randn(3, 1, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    pair = TwoAlike(monkeypatch)
+    with torch.no_grad():
+        values, keys, queries = pair.collect(q, k, v, 3)
+        ((_, found),) = pair.tokens.read(attend, queries, keys, values, 5)
+    assert pair.events[:8] == ["v", "k", "q", "v", "k", "send", "send", "q"]
+    assert pair.events[8:] == ["attend", "attend", "send"] * 2 + ["attend"] * 4  # four groups of one head
+    assert {one.untyped_storage().data_ptr() for one in pair.sent} == {keys.here().untyped_storage().data_ptr()}
+    torch.testing.assert_close(found, attend(q, k, v))
+
+
+def test_keys_that_lie_elsewhere_are_copied_as_they_set_out_and_one_message_is_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = torch.randn(3, 1, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    pair = TwoAlike(monkeypatch)
+    ((_, found),) = pair.tokens.read(attend, AtHand(q), AtHand(k), AtHand(v), 5)
+    assert pair.events == ["send", *["attend", "attend", "send"] * 3, "attend", "attend"]
+    assert torch.equal(torch.stack(pair.sent, 3).squeeze(4), torch.stack((v, k)))
+    torch.testing.assert_close(found, attend(q, k, v))
 
 
 def test_heads_go_round_in_groups_that_fill_a_gpu() -> None:

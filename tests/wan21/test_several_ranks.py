@@ -105,7 +105,8 @@ PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [
     (Layout(ulysses=2), {}, {}),
     (Layout(ring=4), {"batch_size": 2, "micro_batch_size": 2}, {"offload": True}),
     (Layout(cfg=2), {}, {"t5_cpu": True}),
-    (Layout(cfg=2, ulysses=2), {}, {}),
+    (Layout(cfg=2), {}, {"share_first_attention": True, "attention_slices": 2}),
+    (Layout(cfg=2, ulysses=2), {}, {"share_first_attention": True}),
     (Layout(ulysses=2, ring=2, dit_fsdp=True, t5_fsdp=True), {}, {}),
     (Layout(cfg=2, ring=2, dit_fsdp=True), {}, {"offload": True}),
     (Layout(ring=3, dit_fsdp=True, t5_fsdp=True), {}, {}),  # shares that do not divide

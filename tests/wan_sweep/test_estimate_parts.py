@@ -71,6 +71,9 @@ def test_what_both_passes_share_is_bounded_once() -> None:
     once = 2 * (4 * tokens * dim**2 + 2 * tokens**2 * dim) / H100.half_flops
     assert each - shared == pytest.approx(once)
     assert 0.01 < once / each < 0.0125  # one of 80 self attentions
+    options = (Options(share_first_attention=one, layout=Layout(cfg=2)) for one in (False, True))
+    each, shared = (lower_bounds(LARGE, one, request, H100)["step"] for one in options)
+    assert each - shared == pytest.approx(2 * tokens**2 * dim / H100.half_flops)  # half of its products, 2 n^2 d
 
 
 def test_what_kernels_need_not_do_is_no_part_of_a_bound() -> None:

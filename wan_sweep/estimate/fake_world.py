@@ -6,8 +6,8 @@ it does for those of the pipeline's own; here it gets those of the runtime.
 
 NCCL moves messages in buffers of its own, outside torch's allocator. What a collective of it sends or receives torch
 keeps alive on the host's side until somebody waits for it, as our own code does, so it changes no lifetime here.
-(Before 2.8 it recorded streams instead: pytorch pull request 148590.) Messages between two, as in a ring, still record
-them: what went round may be free to others a little later than here.
+(Before 2.8 it recorded streams instead: pytorch pull request 148590.) Messages between two, which bring tiles to the
+first process, still record them: what they carried may be free to others a little later than here.
 """
 
 import sys

@@ -9,7 +9,7 @@ Letters: L tokens; D model width; M feed-forward width; S prompt tokens; t, h, w
 
 from collections.abc import Mapping
 
-from wan21.config import DitConfig, ModelSpec, Options, Request, TextEncoderConfig, VaeConfig
+from wan21.config import DitConfig, ModelSpec, Options, Request, TextEncoderConfig, VaeConfig, keeps_passes_apart
 from wan_sweep.cards import Card
 from wan_sweep.units import GIB
 
@@ -83,12 +83,15 @@ def dit_operations(dit: DitConfig, options: Options, num_tokens: int) -> float:
 
 
 def shared_operations(spec: ModelSpec, options: Options, request: Request) -> float:
-    """Operations that both passes of guidance do once: the first block's self attention, if it is shared."""
-    is_one_pass = request.guide_scale == 1 or options.layout.cfg > 1
-    if not options.share_first_attention or is_one_pass or spec.dit.vace:
+    """Operations that both passes of guidance do once: the first block's self attention, if it is shared.
+
+    Of guidance in parallel what a process leaves to the other: half of the heads, but in no linear layer.
+    """
+    if not options.share_first_attention or request.guide_scale == 1 or keeps_passes_apart(options, spec):
         return 0.0
     tokens, dit = request.denoised_shape.num_tokens, spec.dit
-    return OPERATIONS_PER_PRODUCT * (4 * tokens * dit.dim**2 + _attention_products(dit, options, tokens))
+    attention = _attention_products(dit, options, tokens)
+    return OPERATIONS_PER_PRODUCT * (attention / 2 if options.layout.cfg > 1 else 4 * tokens * dit.dim**2 + attention)
 
 
 def _attention_products(dit: DitConfig, options: Options, num_tokens: int) -> float:

@@ -79,7 +79,8 @@ class Block(InParts):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + time).split(1, dim=1)
         modulation = Modulation(shift, 1 + scale, gate)
         if opening is None or not opening.is_taken:
-            residual = self.self_attn(residual, modulation, turns, slicing, norm_dtype, room, self.part)
+            attend = self.operations.attend if opening is None else opening.attention(self.operations.attend)
+            residual = self.self_attn(residual, modulation, turns, slicing, norm_dtype, room, self.part, attend)
             if opening is not None and isinstance(residual, torch.Tensor):
                 opening.keep(residual)
         size = chunk_rows(residual.shape, slicing.most_rows)

@@ -14,6 +14,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import nn
 
+from wan21.attention import Attention
 from wan21.config import DitConfig
 from wan21.dit.context import Context
 from wan21.dit.linear import Linear
@@ -73,6 +74,7 @@ class SelfAttention(nn.Module):
         norm_dtype: torch.dtype,
         room: torch.Tensor | None,
         part: Enter,
+        attend: Attention,
     ) -> Residual:
         """The residual with this branch added.
 
@@ -88,6 +90,7 @@ class SelfAttention(nn.Module):
             norm_dtype: what the norm's output is rounded to.
             room: for values and keys, from the tokens' `room`; None where gradients are kept.
             part: surrounds the use of weights: "keys" of k and v, "queries" of q and o.
+            attend: the kernel.
 
         Returns:
             [B, L, D], float32.
@@ -127,7 +130,7 @@ class SelfAttention(nn.Module):
                     room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
                     q = [*tokens.collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
                     del room_of_slice  # or it would stand beside the outputs
-                for part_rows, heads in tokens.read(run.attend, q.pop(), k, v, size):
+                for part_rows, heads in tokens.read(attend, q.pop(), k, v, size):
                     branch = run.linear(self.o, heads)
                     residual = run.add(residual, window[:, part_rows], branch, modulation.gate)
                     del branch, heads

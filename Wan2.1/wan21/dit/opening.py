@@ -9,6 +9,8 @@ Letters: B videos, L tokens, D model width.
 
 import torch
 
+from wan21.attention import Attention
+
 
 class Opening:
     """The residual behind the first block's self attention, from one forward to the next.
@@ -26,6 +28,10 @@ class Opening:
     def is_taken(self) -> bool:
         """Whether a forward began with what was kept."""
         return self._is_taken
+
+    def attention(self, attention: Attention) -> Attention:
+        """The kernel of the first block's self attention, where it is worked out here."""
+        return attention
 
     def keep(self, residual: torch.Tensor) -> None:
         """Keeps a copy of the residual [B, L, D]."""

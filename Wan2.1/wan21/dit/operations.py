@@ -72,6 +72,9 @@ class Operations:
             heads = torch.zeros((1, 1, config.num_heads, config.head_dim), dtype=dtype, device=device)
             self.attend(heads, heads, heads)
 
+    def warm_up_groups(self, config: DitConfig, dtype: torch.dtype, device: torch.device, num_groups: int) -> None:
+        """Likewise, where heads are written to so many groups, each in a place of its own."""
+
     def modulated(
         self,
         x: Tensor,
@@ -110,7 +113,7 @@ class Operations:
             layer: with or without a bias.
             x: rows.
             out: where to write the result, if it is to go somewhere: [B, R, ...], of as many elements. Its columns may
-                lie in several places, as those of [B, R, U, N / U, K] that are dealt to U members.
+                lie in several places, as those of [B, R, G, N / G, K] that are written to G groups.
 
         Returns:
             [B, R, D], or `out`.
@@ -130,8 +133,8 @@ class Operations:
             norm: its weights.
             num_heads: N.
             turns: rotary positions, [R, 1, K/2], complex64; None: no positions.
-            out: where to write the result, if it is to go somewhere: [B, R, N, K], or [B, R, U, N / U, K] with the
-                heads of each of U members in a place of their own.
+            out: where to write the result, if it is to go somewhere: [B, R, N, K], or [B, R, G, N / G, K] with the
+                heads of each of G groups in a place of their own.
 
         Returns:
             [B, R, N, K] in the compute dtype, or `out`.
@@ -205,29 +208,28 @@ class FusedOperations(Operations):
 
     Args:
         attention: the kernel of self attention.
-        members: to how many heads may be dealt.
     """
 
     COUNTS_PADDING: ClassVar[bool] = True
 
-    def __init__(self, attention: Attention = attend, members: int = 1) -> None:
-        super().__init__(attention)
-        self._members = members
-
     def warm_up(self, config: DitConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().warm_up(config, dtype, device)
         x = torch.zeros((1, 1, config.dim), dtype=torch.float32, device=device)
-        weight, turns = x[0, 0], torch.zeros((1, 1, config.head_dim // 2), dtype=torch.complex64, device=device)
         for norm_dtype in {torch.float32, dtype}:
             branch = tokens.modulate(x, x, x, config.eps, dtype, norm_dtype)
         tokens.modulate(x, x, x, config.eps, torch.float32, torch.float32)  # the head's
         heads = branch.unflatten(-1, (config.num_heads, -1))
-        dealt = branch.unflatten(-1, (self._members, config.num_heads // self._members, -1))
-        for positions, out in ((turns, dealt), (turns, heads), (None, heads)):
-            tokens.rms_heads_(branch, weight, positions, config.eps, out)
+        tokens.rms_heads_(branch, x[0, 0], None, config.eps, heads)
+        self.warm_up_groups(config, dtype, device, 1)
         for gate in (x, None):
             tokens.add_gated_(x, branch, gate)
         tokens.attend_counted(heads, heads, heads, 1)
+
+    def warm_up_groups(self, config: DitConfig, dtype: torch.dtype, device: torch.device, num_groups: int) -> None:
+        x = torch.zeros((1, 1, config.dim), dtype=dtype, device=device)
+        weight = torch.zeros(config.dim, dtype=torch.float32, device=device)
+        turns = torch.zeros((1, 1, config.head_dim // 2), dtype=torch.complex64, device=device)
+        tokens.rms_heads_(x, weight, turns, config.eps, x.unflatten(-1, (num_groups, -1, config.head_dim)))
 
     def modulated(
         self,
@@ -247,9 +249,9 @@ class FusedOperations(Operations):
         if out is None or isinstance(layer, ScaledLinear) or isinstance(x, ScaledRows):
             return super().linear(layer, x, out)
         if x.shape[0] == 1:
-            members = out.unbind(2) if out.dim() == 5 else (out,)
-            width = layer.out_features // len(members)
-            for start, place in enumerate(members):
+            groups = out.unbind(2) if out.dim() == 5 else (out,)
+            width = layer.out_features // len(groups)
+            for start, place in enumerate(groups):
                 of = slice(start * width, (start + 1) * width)
                 torch.addmm(layer.bias[of], x[0], layer.weight[of].t(), out=place.view(x.shape[1], width))
             return out

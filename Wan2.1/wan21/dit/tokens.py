@@ -1,7 +1,7 @@
 """Which of a video's tokens this process works on, and how self attention reaches the others.
 
-Letters: B videos, L tokens, N heads, K head width; Lk keys and n heads that attention sees here at a time; U members
-that heads are dealt to.
+Letters: B videos, L tokens, N heads, K head width; Lk keys and n heads that attention sees here at a time; G groups of
+heads, each in a place of its own.
 
 Everything but self attention looks at one token at a time. So a process may hold some tokens only, if somebody brings
 queries, keys and values together. The network asks the questions below; a process that holds all tokens answers them as
@@ -46,6 +46,17 @@ class Tokens:
         """From what all processes have for their tokens, [B, rows, ...], to all tokens, [B, L, ...]."""
         return x
 
+    def num_groups(self, num_heads: int) -> int:  # noqa: ARG002 # they stay together
+        """Into how many groups heads are written, each of which lies in a place of its own."""
+        return 1
+
+    def warm_up(self, like: torch.Tensor) -> None:
+        """Has everything compiled that is used between processes.
+
+        Args:
+            like: heads of some tokens, [B, rows, N, K].
+        """
+
     def window(self, size: int) -> int:
         """How many rows to handle at once around attention, `size` at most."""
         return size
@@ -59,7 +70,7 @@ class Tokens:
             like: of the same dtype and device.
 
         Returns:
-            [count, B, Lk, n, K].
+            [count, B, Lk, n, K], or, in G groups of heads, [count, B, Lk, G, N / G, K].
         """
         return like.new_empty((count, *shape))
 
@@ -69,9 +80,9 @@ class Tokens:
         Args:
             parts: the windows.
             produce: what makes the results of a window, one after the other, [B, rows, N, K] each, or, where it is
-                given room for that, dealt to members, [B, rows, U, N / U, K].
-            wholes: for the results of all windows, as in `room`; None where gradients are kept, and there is one
-                window.
+                given room for that, in groups of heads, [B, rows, G, N / G, K].
+            wholes: for the results of all windows, as in `room`: values, keys and perhaps queries, or queries alone.
+                None where gradients are kept, and there is one window.
 
         Returns:
             One for each result, in their order.

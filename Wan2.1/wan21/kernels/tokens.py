@@ -43,8 +43,8 @@ def rms_heads_(x: Tensor, weight: Tensor, turns: Tensor | None, eps: float, out:
         weight: [D], float32.
         turns: [R, 1, K/2], complex64, contiguous; None: nothing is turned.
         eps: of the norm.
-        out: [B, R, N, K], the last two dimensions contiguous; may be `x` itself, seen so. Or [B, R, U, N / U, K], the
-            last two dimensions contiguous: the heads of each of U members in a place of their own.
+        out: [B, R, N, K], the last two dimensions contiguous; may be `x` itself, seen so. Or [B, R, G, N / G, K], the
+            last two dimensions contiguous: the heads of each of G groups in a place of their own.
     """
     real = None if turns is None else torch.view_as_real(turns)
     torch.ops.wan21.rms_heads_(out if out.dim() == 5 else out.unsqueeze(2), x, weight, real, eps)

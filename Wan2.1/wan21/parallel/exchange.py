@@ -50,7 +50,12 @@ def send_and_receive(
     return Messages([tensor for _, tensor in sends], dist.batch_isend_irecv(operations))
 
 
-def exchange(group: Group, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Messages:
+def exchange(
+    group: Group,
+    sends: Mapping[int, torch.Tensor],
+    receives: Mapping[int, torch.Tensor],
+    before: Messages | None = None,
+) -> Messages:
     """Starts to exchange tensors with some members; all members of the group have to call it together.
 
     With NCCL this is one collective, which, unlike messages between two, does not keep torch's allocator from giving
@@ -60,9 +65,13 @@ def exchange(group: Group, sends: Mapping[int, torch.Tensor], receives: Mapping[
         group: the members.
         sends: what each member gets, by rank in the group, contiguous.
         receives: where what each member sends arrives, contiguous.
+        before: an earlier message of this group, if these send on what it brings, or arrive where it was sent from. On
+            a GPU they come after it anyway, as all of a group travel one after the other.
     """
     example = next(iter(sends.values()))
     if example.device.type != "cuda":
+        if before is not None:
+            before.wait()
         return send_and_receive(group, list(sends.items()), list(receives.items()))
     nothing = example.new_empty(0)
     outgoing, incoming = (
@@ -81,16 +90,15 @@ def all_gather(group: Group, out: torch.Tensor, own: torch.Tensor) -> None:
         own: contiguous.
     """
     if group.size == 1:
-        if not _lie_together(out, own):
+        if not (in_one_memory(out, own) and out.storage_offset() == own.storage_offset()):
             out.copy_(own.view_as(out))
         return
     _all_gather(out.view(-1), own.view(-1), group=group.handle)
 
 
-def _lie_together(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors begin in the same place of the same memory; fake tensors have no address to compare."""
-    storages = (one.untyped_storage()._cdata, other.untyped_storage()._cdata)  # noqa: SLF001 # their only identity
-    return storages[0] == storages[1] and one.storage_offset() == other.storage_offset()
+def in_one_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in the same memory; fake tensors have no address to compare."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # noqa: SLF001 # their only identity
 
 
 def gathered(group: Group, own: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tokens of one video on several processes: Ulysses, Ring, or a grid of both.
 
-Letters: B videos; L tokens; rows of one process; U members of a Ulysses group; N heads, n = N / U; K head width.
+Letters: B videos; L tokens; rows of one process; U members of a Ulysses group; N heads, n = N / U; K head width; G
+groups in which heads go round a ring.
 
 Every process holds as many rows, in the video's order; where they do not divide, the last ones are padding. Padding is
 never attended to, and is dropped at the end, so results are those of one process. Equal rows keep everything else
@@ -18,7 +19,7 @@ from wan21.config import AttentionKernel
 from wan21.dit.residual import Outs, Produce, Window, chunks, row_slices
 from wan21.dit.tokens import ALL, Brought, Tokens
 from wan21.parallel.exchange import Messages, exchange, gathered
-from wan21.parallel.ring import Ring
+from wan21.parallel.ring import Ring, Round, heads_at_once
 from wan21.parallel.world import World
 
 MOST_UNDER_WAY = 6
@@ -86,18 +87,80 @@ class SharedTokens(Tokens):
         everything = gathered(self._sequence, x).transpose(0, 1)  # [B, members, rows, ...]
         return everything.flatten(1, 2)[:, : self._num_tokens]  # copies for several videos
 
+    def num_groups(self, num_heads: int) -> int:
+        return 1 if self._ring is None else num_heads // heads_at_once(num_heads, self._num_rows)
+
+    def warm_up(self, like: torch.Tensor) -> None:
+        if self._ring is not None:
+            self._ring.warm_up(like)
+
+    def room(self, count: int, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
+        if self._ring is None:
+            return super().room(count, shape, like)
+        batch_size, num_rows, num_heads, head_dim = shape
+        at_once = num_heads // self.num_groups(num_heads)
+        # Groups of heads first: what is sent at a time, values and keys, then lies in one piece.
+        room = like.new_empty((num_heads // at_once, count, batch_size, num_rows, at_once, head_dim))
+        return room.permute(1, 2, 3, 0, 4, 5)  # [count, B, rows, G, N / G, K]
+
+    def collect(self, parts: Iterable[Window], produce: Produce, wholes: Outs) -> tuple[Brought, ...]:
+        """Likewise; in a ring keys and values set out when the last are here, before the queries behind them."""
+        values, keys, *_ = (*wholes, None)
+        if self._ring is None or values is None or keys is None:
+            return super().collect(parts, produce, wholes)
+        group, num_rows, rounds = self._ring.group, self._num_rows, list[Round]()
+
+        def produce_and_send(rows: slice, x: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
+            for number, result in enumerate(produce(rows, x, outs)):
+                yield result
+                if number == 1 and rows.stop == num_rows:
+                    rounds.append(Round(group, keys, values))
+
+        v, k, *q = super().collect(parts, produce_and_send, wholes)
+        return (v, GoingRound(k.here(), rounds.pop()), *q)
+
     def read(self, attention: Attention, q: Brought, k: Brought, v: Brought, size: int) -> Iterator[Window]:
         """Likewise; in a ring its own kernel takes the place of the given one."""
-        attended = self._attend(attention, q.here(), k.here(), v.here())
+        attended = self._attend(attention, q, k, v)
         del q
         yield from chunks(attended, size)
 
-    def _attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, attention: Attention, q: Brought, k: Brought, v: Brought) -> torch.Tensor:
         """[B, Lq, n * K]."""
-        if self._ring is not None:
-            return self._ring.attend(q, k, v).flatten(2)
-        (count,) = self._num_keys
-        return attention(q, k[:, :count], v[:, :count])
+        if self._ring is None:
+            (count,) = self._num_keys
+            return attention(q.here(), k.here()[:, :count], v.here()[:, :count])
+        others = k.take_round() if isinstance(k, GoingRound) else None
+        if others is None:
+            others = Round(self._ring.group, self._in_groups(k.here()), self._in_groups(v.here()))
+        return self._ring.attend(self._in_groups(q.here()), others).flatten(2)
+
+    def _in_groups(self, heads: torch.Tensor) -> torch.Tensor:
+        """[B, L, G, n / G, K], from that or from [B, L, n, K]."""
+        if heads.dim() == 5:
+            return heads
+        return heads.unflatten(2, (-1, heads_at_once(heads.shape[2], self._num_rows * self._group.size)))
+
+
+class GoingRound(Brought):
+    """Keys in groups of heads, [B, rows, G, N / G, K], which have set out for the members of a ring with their values.
+
+    Args:
+        keys: this process's.
+        others: them and those of other members.
+    """
+
+    def __init__(self, keys: torch.Tensor, others: Round) -> None:
+        self._keys = keys
+        self._others: Round | None = others
+
+    def here(self) -> torch.Tensor:
+        return self._keys
+
+    def take_round(self) -> Round | None:
+        """The round on which they have set out, once."""
+        others, self._others = self._others, None
+        return others
 
 
 class OnTheWay(Brought):
@@ -129,6 +192,9 @@ class SharedHeads(SharedTokens):
     lay, which have been used. (While attention computes, nothing travels: its kernel has a part on every
     multiprocessor of the GPU until it ends, and messages need some, too.)
     """
+
+    def num_groups(self, num_heads: int) -> int:  # noqa: ARG002 # one for each member
+        return self._group.size
 
     def window(self, size: int) -> int:
         windows = min(MOST_WINDOWS, max(1, self._num_rows // FEWEST_ROWS))
@@ -175,7 +241,7 @@ class SharedHeads(SharedTokens):
         if not isinstance(q, OnTheWay):
             raise TypeError(f"queries are {type(q).__name__}; they have to come from `collect`")
         group = self._group
-        attended = self._attend(attention, q.here(), k.here(), v.here())
+        attended = self._attend(attention, q, k, v)
         by_member = attended.unflatten(1, (group.size, -1))  # [B, U, rows, n * K]
         on_the_way: list[tuple[slice, Messages, dict[int, torch.Tensor]]] = []
         for rows in row_slices(by_member.shape[2], size):

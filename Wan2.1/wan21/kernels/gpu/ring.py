@@ -7,8 +7,9 @@ from triton import language as tl
 HEADS_PER_PROGRAM = 16
 """Heads of tokens, one after the other; each of them is a row of the head's width."""
 
-_SIZES = ("num_rows", "rows_of_one")
-"""Not looked at when compiling: one kernel for every length."""
+_PLACES = [f"{name}_{size}" for name in ("lse", "more_lse", "joint") for size in ("batch", "row", "head")]
+_SIZES = ("num_rows", "rows_of_one", "num_heads", "result_batch", "out_batch", "more_batch", *_PLACES)
+"""Not looked at when compiling: one kernel for every length and number of heads, so none is compiled within a run."""
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -21,6 +22,7 @@ def _join(
     more_lse,
     num_rows,
     rows_of_one,
+    num_heads,
     result_batch,
     result_row,
     result_head,
@@ -39,7 +41,6 @@ def _join(
     more_lse_batch,
     more_lse_row,
     more_lse_head,
-    num_heads: tl.constexpr,
     head_width: tl.constexpr,
     width: tl.constexpr,
     rows: tl.constexpr,
@@ -76,6 +77,6 @@ def join_attention(result: Tensor, joint_lse: Tensor, out: Tensor, lse: Tensor, 
     num_rows = batch_size * num_tokens * num_heads
     strides = [stride for x in (result, joint_lse, out, lse, more, more_lse) for stride in x.stride()[:3]]
     _join[(triton.cdiv(num_rows, HEADS_PER_PROGRAM),)](
-        result, joint_lse, out, lse, more, more_lse, num_rows, num_tokens, *strides, num_heads=num_heads,
+        result, joint_lse, out, lse, more, more_lse, num_rows, num_tokens, num_heads, *strides,
         head_width=head_width, width=triton.next_power_of_2(head_width), rows=HEADS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip

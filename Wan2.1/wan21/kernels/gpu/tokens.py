@@ -18,6 +18,8 @@ LARGEST_PART = 1024
 PART_OF_A_NORM = 512
 """The same of a layer norm, which keeps its sums for every element."""
 
+MOST_OF_INT32 = 2**31 - 1
+
 _SIZES = ("num_rows", "rows_of_one", "x_batch", "scale_batch", "shift_batch", "out_batch", "gate_batch")
 """Not looked at when compiling: one kernel for chunks of every length, so none is compiled within a run."""
 
@@ -84,8 +86,9 @@ def _rms_heads(
     member_width: tl.constexpr,
     part: tl.constexpr,
     is_turned: tl.constexpr,
+    is_far: tl.constexpr,
 ):
-    """A row a program, in parts: twice over it, the second time from the cache. Columns are dealt to members."""
+    """A row a program, in parts: twice over it, the second time from the cache. Columns may go to groups of heads."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // rows_of_one
     inside = row - batch * rows_of_one
@@ -107,7 +110,10 @@ def _rms_heads(
             cosine, sine = tl.split(tl.reshape(turn, (part // 2, 2)))
             turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
             normed = tl.reshape(turned, (part,))
-        places = (start + cols) // member_width * out_member + (start + cols) % member_width
+        member = (start + cols) // member_width
+        if is_far:
+            member = member.to(tl.int64)
+        places = member * out_member + (start + cols) % member_width
         tl.store(out + places, normed.to(out.dtype.element_ty))
 
 
@@ -172,7 +178,8 @@ def rms_heads_(out: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, eps
     _rms_heads[(batch_size * num_rows,)](
         out, x, weight, x if turns is None else turns, num_rows, out.stride(0), out.stride(1), out.stride(2),
         out.shape[4], eps, width=width, member_width=out.shape[3] * out.shape[4], part=part,
-        is_turned=turns is not None, num_warps=part // 256 if part > 512 else 1,
+        is_turned=turns is not None, is_far=out.shape[2] * out.stride(2) > MOST_OF_INT32,
+        num_warps=part // 256 if part > 512 else 1,
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ multiply-adds without tiles the low part has 4 %, the mid part 57 %, the high pa
 | 3 x 5 | 0.65 | 1.29 | 1.42 | 1.19 |
 
 With kernels of our own a tile costs more than its work: a launch takes whole rounds of programs, one or two on each
-multiprocessor, and at half and a quarter of the resolution a small tile has programs for one round or two. There plans are
-compared by the rounds of their launches (`Budget.cost`). In bf16 at 832 x 480, beside whole frames:
+multiprocessor, and at half and a quarter of the resolution a small tile has programs for one round or two. There plans
+are compared by the rounds of their launches (`Budget.cost`). In bf16 at 832 x 480, beside whole frames:
 
 | tiles | GiB | work | cost |
 | --- | --: | --: | --: |

@@ -6,13 +6,34 @@ Letters: T, H, W of the video; C, t, h, w of its latents.
 import torch
 
 from wan21.frames import to_uint8
+from wan21.memory.departures import Departures
 from wan21.parallel.exchange import send_and_receive
 from wan21.parallel.world import World
+from wan21.runtime import Runtime
 from wan21.vae.plan import DecodePlan, tiles
 from wan21.vae.vae import Vae
 
 
-def decode(vae: Vae, latents: torch.Tensor, plan: DecodePlan, world: World, *, is_image: bool) -> torch.Tensor | None:
+def departures(vae: Vae, shape: torch.Size, plan: DecodePlan, world: World, runtime: Runtime) -> Departures:
+    """What takes the pieces of a video to the host of this process, which may decode several such videos.
+
+    Args:
+        vae: that decodes it.
+        shape: of its latents, [1, C, t, h, w].
+        plan: into which tiles.
+        world: this process's place.
+        runtime: where it is decoded.
+    """
+    t, h, w = shape[2:]
+    mine = list(tiles(vae.decoder, plan, h, w))[world.rank :: world.size]
+    num_frames = 1 if t == 1 else vae.temporal_stride
+    sizes = [3 * num_frames * len(tile.rows.pixels) * len(tile.cols.pixels) for tile in mine]
+    return Departures(runtime, max(sizes, default=0))
+
+
+def decode(
+    vae: Vae, latents: torch.Tensor, plan: DecodePlan, world: World, leaving: Departures, *, is_image: bool
+) -> torch.Tensor | None:
     """The frames of a video, on the host of the first process.
 
     Tiles are dealt out in turn. Each process decodes its own and takes the frames to its host as they come; then the
@@ -23,6 +44,7 @@ def decode(vae: Vae, latents: torch.Tensor, plan: DecodePlan, world: World, *, i
         latents: [1, C, t, h, w], the same for all.
         plan: into which tiles.
         world: this process's place.
+        leaving: of `departures` for such a video.
         is_image: whether pixels are rounded as images are.
 
     Returns:
@@ -45,9 +67,10 @@ def decode(vae: Vae, latents: torch.Tensor, plan: DecodePlan, world: World, *, i
         tile = torch.empty(size, dtype=torch.uint8) if video is None else video[:, rows, cols]
         here[rows.start, cols.start] = tile
     for piece in vae.decode_pieces(latents, plan, mine):
-        frames = to_uint8(piece.pixels[0], is_image=is_image).cpu()
-        here[piece.rows.start, piece.cols.start][piece.frames] = frames
+        place = here[piece.rows.start, piece.cols.start][piece.frames]
+        leaving.leave(to_uint8(piece.pixels[0], is_image=is_image), place)
         del piece  # or it would stand beside the next one
+    leaving.finish()
     for index, (rows, cols) in enumerate(places):
         owner = index % world.size
         if owner == 0:

@@ -20,7 +20,7 @@ from wan21.components import DTYPES, Component, Components, blocks_to_run
 from wan21.conditioning import Condition, frame_mask, frame_pixels, load_pictures, resized
 from wan21.config import COMPONENTS, ModelSpec, Options, Request, keeps_passes_apart, rounds_products
 from wan21.control import ControlSources, encode_control, load_control
-from wan21.decoding import decode
+from wan21.decoding import decode, departures
 from wan21.dit.context import Context
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.opening import Opening
@@ -371,9 +371,12 @@ class VideoPipeline:
 
     def _frames(self, vae: Component[Vae], latents: list[torch.Tensor]) -> list[torch.Tensor]:
         videos = []
-        for index, latent in enumerate(latents):
-            with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
-                t, h, w = latent.shape[2:]
-                plan = self._runtime.as_planned(choose_plan(self._spec, self._options, (t, h, w)))
-                videos.append(decode(vae.module, latent, plan, self._world, is_image=self._spec.is_image))
+        shape = latents[0].shape
+        t, h, w = shape[2:]
+        plan = self._runtime.as_planned(choose_plan(self._spec, self._options, (t, h, w)))
+        # Around the spans, so that what it pins is seen at their ends.
+        with departures(vae.module, shape, plan, self._world, self._runtime) as leaving:
+            for index, latent in enumerate(latents):
+                with self._observer.span(Span(kind="video", name="video", index=index, total=len(latents))):
+                    videos.append(decode(vae.module, latent, plan, self._world, leaving, is_image=self._spec.is_image))
         return [video for video in videos if video is not None]

@@ -181,6 +181,7 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     runtime.warm_up()
     loaded: dict[str, int] = {}
     expected: dict[str, int] = {}
+    pinned: list[int] = []
 
     class Listener:
         wants_blocks = False
@@ -190,6 +191,7 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
             before = runtime.memory().requested_bytes
             yield
             memory = runtime.memory()
+            pinned.append(runtime.host_buffer_bytes())
             if span.kind == "component":
                 loaded[span.name] = memory.requested_bytes - before
                 expected[span.name] = span.expected_bytes
@@ -198,14 +200,13 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     with runtime.counting():
         pipeline = VideoPipeline(spec, options, open_assets(spec, options, runtime), runtime, Listener(), world)
         generation = pipeline.generate(request)
-        host_bytes = runtime.host_buffer_bytes()
     world.close()
     return {
         "latents": generation.latents.numpy(),
         "videos": [video.numpy() for video in generation.videos],
         "loaded": loaded,
         "expected": expected,
-        "host_bytes": host_bytes,
+        "host_bytes": max(pinned),
     }
 
 
@@ -239,7 +240,7 @@ def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
     import torch
 
     from wan21.config import model_spec
-    from wan21.decoding import decode
+    from wan21.decoding import decode, departures
     from wan21.parallel.world import connect
     from wan21.runtime import CpuRuntime
     from wan21.vae import DecodePlan, Vae
@@ -256,7 +257,8 @@ def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
     latents = torch.randn(1, 16, 2, 6, 10, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         plan = DecodePlan(num_tile_rows=num_rows, num_tile_cols=num_cols)
-        video = decode(vae, latents, plan, world, is_image=False)
+        with departures(vae, latents.shape, plan, world, runtime) as leaving:
+            video = decode(vae, latents, plan, world, leaving, is_image=False)
     world.close()
     return None if video is None else video.numpy()
 

@@ -122,6 +122,7 @@ EXAMPLES = {
     "the same in the second chunk": {"c_in": 32, "c_out": 48, "num_frames": 2, "num_past": 1},
     "a lone frame": {"c_in": 16, "c_out": 16, "num_frames": 1, "num_past": 2},
     "three frames": {"c_in": 8, "c_out": 8, "num_frames": 3, "num_past": 0},
+    "two groups of frames in the second chunk": {"c_in": 16, "c_out": 128, "num_frames": 4, "num_past": 1},
     "an upsampling": {"c_in": 32, "c_out": 16, "num_frames": 4, "num_past": 0, "taps": 1, "upsamples": True},
     "the head": {"c_in": 16, "c_out": 3, "num_frames": 2, "num_past": 2},
 }
@@ -179,7 +180,14 @@ def test_the_kernel_computes_what_the_operator_says(name: str, adds: bool, dtype
     compare_kernel(Example(**EXAMPLES[name]).to(dtype, "cuda"), adds=adds)
 
 
-def compare_kernel(example: Example, *, adds: bool, tile: tuple[int, int] = (8, 16)) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_computes_the_same_where_it_reads_a_frame_for_each_result() -> None:
+    example = Example(**EXAMPLES["two groups of frames in the second chunk"]).to(torch.bfloat16, "cuda")
+    compare_kernel(example, adds=True, shares=False)
+
+
+def compare_kernel(example: Example, *, adds: bool, tile: tuple[int, int] = (8, 16), shares: bool = True) -> None:
     from wan21.kernels.gpu import vae as gpu_vae
 
     out, normed = example.outputs()
@@ -197,7 +205,7 @@ def compare_kernel(example: Example, *, adds: bool, tile: tuple[int, int] = (8, 
         adds=adds,
         upsamples=example.upsamples,
         in_tf32=weight.dtype == torch.float32,
-        blocks=replace(blocks, tile_h=tile[0], tile_w=tile[1]),
+        blocks=replace(blocks, tile_h=tile[0], tile_w=tile[1], shares=shares),
     )
     expected, expected_normed = example.expected(adds=adds)
     tolerance = KERNEL_TOLERANCE[weight.dtype]

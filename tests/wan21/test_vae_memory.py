@@ -229,13 +229,13 @@ def test_the_released_sizes_fit_their_targets_with_weights_and_kernel_libraries(
     assert budget.work(plan) <= 1.3 * budget.work(WHOLE)
 
 
-def test_more_bytes_never_mean_more_work(either_vae: Vae) -> None:
+def test_more_bytes_never_cost_more(either_vae: Vae) -> None:
     budget = Budget(either_vae.decoder, (21, 60, 104), itemsize=2)
     whole = budget.num_bytes(WHOLE)
     plans = [budget.best_plan(whole * share // 16) for share in range(3, 17)]
-    works = [budget.work(plan) for plan in plans]
-    assert works == sorted(works, reverse=True)
-    assert works[0] > works[-1] == budget.work(WHOLE)
+    costs = [budget.cost(plan) for plan in plans]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1] == budget.cost(WHOLE)
     assert plans[-1] == WHOLE
 
 

@@ -111,8 +111,8 @@ MEASURED = {
 def test_weights_of_each_rank_are_those_of_a_measured_run(
     ranks: Ranks, options: dict[str, Any], spread: dict[str, Any]
 ) -> None:
-    job = TINY.replace(precision="fp32", **options, **spread)
-    measured = ranks.run(2, generate, build_layout(job), {}, {"precision": "fp32", **options})
+    job = TINY.replace(precision="fp32", size="96*64", frame_num=5, **options, **spread)
+    measured = ranks.run(2, generate, build_layout(job), {"size": job.size}, {"precision": "fp32", **options})
     for rank, told in enumerate(measured):
         metrics = bytes_of(run_rank(job, rank))
         base = {name: metrics.get(f"memory/base/{name}_bytes") for name in ("t5", "dit", "vae")}

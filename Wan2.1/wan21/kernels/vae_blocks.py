@@ -41,6 +41,13 @@ class Blocks:
     num_stages: int
 
 
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU, on which the table was measured."""
+
+WARPS_AT_ONCE = 8
+"""On a multiprocessor: a thread of these programs takes all registers that it may have, 255, and there are 65,536."""
+
+
 def split_channels(count: int) -> tuple[int, int]:
     """Output channels as a sum of two powers of two, in as few equal parts as it takes; padded where nothing fits."""
     for part in (count // parts for parts in (1, 2, 3, 4) if count % parts == 0):
@@ -124,6 +131,11 @@ def candidates(c_in: int, c_out: int, num_frames: int, itemsize: int, taps: int 
                 blocks for stages in (4, 3, 2) if fits(blocks := replace(one, num_stages=stages), itemsize, taps)
             ]
             yield from (blocks for blocks in fitting[:2] if blocks != base)
+
+
+def programs_at_once(blocks: Blocks) -> int:
+    """How many programs run at a time. A launch takes rounds of so many, the last one as long as if it were full."""
+    return MULTIPROCESSORS * max(1, WARPS_AT_ONCE // blocks.num_warps)
 
 
 REGISTERS = 232

@@ -9,6 +9,7 @@ Letters: C channels; T frames at the layer at hand; P positions that it computes
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,7 @@ from torch import nn
 
 from wan21.errors import UsageError
 from wan21.vae.decoder import Decoder
+from wan21.vae.fused_budget import Launch, launches
 from wan21.vae.fused_budget import chain as fused_chain
 from wan21.vae.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from wan21.vae.need import NOTHING, Need, Positions, macs_of
@@ -166,9 +168,11 @@ class TileBudget(ABC):
     def __init__(self, latent_shape: tuple[int, int, int], *, itemsize: int, batch_size: int = 1) -> None:
         self._shape = latent_shape
         self._batch_size = batch_size
+        self._itemsize = itemsize
         self._bytes_per_number = itemsize * batch_size
         self._past = PAST if latent_shape[0] > 1 else 0
         self._cache: dict[tuple[str, int, bool], Positions] = {}
+        self._all_strips: dict[tuple[str, int], Sequence[Strip]] = {}
 
     @abstractmethod
     def num_bytes(self, plan: DecodePlan) -> int:
@@ -177,6 +181,10 @@ class TileBudget(ABC):
     @abstractmethod
     def work(self, plan: DecodePlan, num_ranks: int = 1) -> float:
         """Multiply-adds for one latent frame, halos included; those of one of the ranks that share the tiles."""
+
+    def cost(self, plan: DecodePlan, num_ranks: int = 1) -> float:
+        """What plans are compared by; what is the same for all of them may be left out."""
+        return self.work(plan, num_ranks)
 
     @abstractmethod
     def _strips(self, size: int, count: int, name: str) -> Sequence[Strip]:
@@ -187,11 +195,11 @@ class TileBudget(ABC):
         return min(map(self.num_bytes, self._plans(1)))
 
     def best_plan(self, budget_bytes: float, num_ranks: int = 1) -> DecodePlan:
-        """The plan of least work among those that take no more than `budget_bytes`.
+        """The plan of least cost among those that take no more than `budget_bytes`.
 
         Args:
             budget_bytes: of each rank; may be infinite.
-            num_ranks: ranks that share the tiles; the least work of one of them counts.
+            num_ranks: ranks that share the tiles; the least cost of one of them counts.
 
         Raises:
             UsageError: there is none.
@@ -199,7 +207,7 @@ class TileBudget(ABC):
         for frames_at_once in (None, 1):
             fitting = [plan for plan in self._plans(frames_at_once) if self.num_bytes(plan) <= budget_bytes]
             if fitting:
-                return min(fitting, key=lambda plan: (self.work(plan, num_ranks), plan.num_tiles))
+                return min(fitting, key=lambda plan: (self.cost(plan, num_ranks), plan.num_tiles))
         t, h, w = self._shape
         raise UsageError(
             f"budget_bytes={budget_bytes} is too little to {self.verb} {t} x {h} x {w} latents: the smallest tiles "
@@ -227,11 +235,16 @@ class TileBudget(ABC):
         key = (name, count, largest)
         if key not in self._cache:
             combine = max if largest else sum
-            found = self._strips(size, count, name)
+            found = self._kept_strips(size, count, name)
             self._cache[key] = {
                 layer: combine(len(strip.windows[layer].computed) for strip in found) for layer in found[0].windows
             }
         return self._cache[key]
+
+    def _kept_strips(self, size: int, count: int, name: str) -> Sequence[Strip]:
+        if (name, count) not in self._all_strips:
+            self._all_strips[name, count] = self._strips(size, count, name)
+        return self._all_strips[name, count]
 
 
 class Budget(TileBudget):
@@ -251,6 +264,7 @@ class Budget(TileBudget):
     ) -> None:
         super().__init__(latent_shape, itemsize=itemsize, batch_size=batch_size)
         self._decoder = decoder
+        self._launches: dict[int | None, list[Launch]] = {}
 
     def num_bytes(self, plan: DecodePlan) -> int:
         """The most that `Vae.decode_pieces` takes at a time, beside weights and the latents that it is given."""
@@ -270,6 +284,35 @@ class Budget(TileBudget):
         of_one = -(-plan.num_tiles // num_ranks) / plan.num_tiles
         macs = parts.low.macs + (parts.mid.macs + parts.high.macs) * of_one
         return macs * (SINGLE_FRAME_WORK if plan.frames_at_once == 1 and parts.num_frames > 1 else 1)
+
+    def cost(self, plan: DecodePlan, num_ranks: int = 1) -> float:
+        """With kernels of our own the multiply-adds that there is time for; small tiles leave part of it idle."""
+        if self._decoder.kernels != "fused":
+            return self.work(plan, num_ranks)
+        _, h, w = self._shape
+        if plan.frames_at_once not in self._launches:
+            self._launches[plan.frames_at_once] = launches(
+                self._decoder, plan.frames_at_once, self._past, itemsize=self._itemsize, batch_size=self._batch_size
+            )
+        every = self._launches[plan.frames_at_once]
+        rows = self._places(every, "num_tile_rows", h, plan.num_tile_rows)
+        cols = self._places(every, "num_tile_cols", w, plan.num_tile_cols)
+        macs = sum(
+            num_rows * num_cols * launch.macs_of(high * wide)
+            for of_row, num_rows in rows.items()
+            for of_col, num_cols in cols.items()
+            for launch, high, wide in zip(every, of_row, of_col, strict=True)
+        )
+        return macs * -(-plan.num_tiles // num_ranks) / plan.num_tiles
+
+    def _places(self, every: Sequence[Launch], name: str, size: int, count: int) -> Counter[tuple[int, ...]]:
+        """How often each launch's programs fit into a strip, one below the other or side by side; strips by kind."""
+        is_row = name == "num_tile_rows"
+        sides = [launch.blocks.tile_h if is_row else launch.blocks.tile_w for launch in every]
+        return Counter(
+            tuple(-(-len(strip.windows[launch.layer].kept) // side) for launch, side in zip(every, sides, strict=True))
+            for strip in self._kept_strips(size, count, name)
+        )
 
     def _parts(self, plan: DecodePlan, *, largest: bool) -> _Parts:
         _, h, w = self._shape

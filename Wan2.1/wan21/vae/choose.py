@@ -19,7 +19,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @cache
 def choose_plan(spec: ModelSpec, options: Options, latent_shape: tuple[int, int, int]) -> DecodePlan:
-    """The plan of least work to decode within `vae_budget_gib`; without one in whole frames, if no process shares them.
+    """The plan of least cost to decode within `vae_budget_gib`; without one in whole frames, if no process shares them.
 
     It needs no weights, and a tenth of a second.
 

@@ -1,14 +1,16 @@
-"""What layers take when `wan21.vae.fused` carries them out.
+"""What layers take when `wan21.vae.fused` carries them out: bytes, and rounds of programs.
 
 Letters: C channels; T frames at the layer at hand; P positions that it computes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
 
-from wan21.kernels.vae_blocks import fits_one_program
+from wan21.kernels.vae_blocks import Blocks, blocks_for, fits_one_program, programs_at_once
+from wan21.vae.decoder import Decoder
 from wan21.vae.layers import ResidualBlock, Upsample
 from wan21.vae.need import NOTHING, Need, Positions, macs_of
 
@@ -39,6 +41,71 @@ def chain(
         else:
             need = need.then(_head(cast("nn.Conv3d", cast("nn.ModuleDict", layer)["2"]), positions, frames, past))
     return need, frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A convolution as it is launched for a tile.
+
+    layer: whose rows and columns it computes.
+    blocks: how it is cut.
+    num_parts: programs for each place in which one computes.
+    times: how often it is launched for one latent frame.
+    macs: multiply-adds of a program.
+    """
+
+    layer: nn.Module
+    blocks: Blocks
+    num_parts: int
+    times: int
+    macs: int
+
+    def macs_of(self, num_places: int) -> int:
+        """Multiply-adds for which there would be time, were the chip never idle: rounds are as long as full ones."""
+        at_once = programs_at_once(self.blocks)
+        return self.times * -(-num_places * self.num_parts // at_once) * at_once * self.macs
+
+
+def launches(
+    decoder: Decoder, frames_at_once: int | None, past: int, *, itemsize: int, batch_size: int
+) -> list[Launch]:
+    """What decoding launches for a tile and a latent frame, but for the few convolutions that are cuDNN's.
+
+    Args:
+        decoder: whose middle and high part it is.
+        frames_at_once: of the plan.
+        past: frames that a causal convolution remembers.
+        itemsize: bytes of a number.
+        batch_size: videos decoded together.
+    """
+    found = []
+    frames = times = 1
+
+    def add(layer: nn.Module, conv: nn.Module) -> None:
+        weight = cast("nn.Conv3d", conv).weight
+        c_out, c_in = weight.shape[:2]
+        blocks = blocks_for(c_in, c_out, frames, itemsize)
+        channels = sum(blocks.channels)
+        num_parts = -(-c_out // channels) * (frames // blocks.frames) * batch_size
+        positions = blocks.frames * blocks.tile_h * blocks.tile_w
+        macs = positions * min(channels, c_out) * weight[0].numel()
+        found.append(Launch(layer=layer, blocks=blocks, num_parts=num_parts, times=times, macs=macs))
+
+    for index, layer in enumerate(decoder.upsamples):
+        if index < decoder.first_upsampling:
+            continue
+        if index == decoder.last_upsampling:
+            at_once = min(frames, frames_at_once or frames)
+            frames, times = at_once, frames // at_once
+        if isinstance(layer, Upsample):
+            frames *= 2 if layer.time_conv is not None and past else 1
+            add(layer, layer.resample[1])
+        else:
+            block = cast("ResidualBlock", layer)
+            for name in ("2", "6"):
+                add(block.residual[name], block.residual[name])
+    add(decoder.head["2"], decoder.head["2"])
+    return found
 
 
 def _read_by(layer: nn.Module | None, positions: Positions) -> int:

@@ -37,6 +37,17 @@ multiply-adds without tiles the low part has 4 %, the mid part 57 %, the high pa
 | 3 x 4 | 0.75 | 1.25 | 1.64 | 1.16 |
 | 3 x 5 | 0.65 | 1.29 | 1.42 | 1.19 |
 
+With kernels of our own a tile costs more than its work: a launch takes whole rounds of programs, one or two on each
+multiprocessor, and at half and a quarter of the resolution a small tile has programs for one round or two. There plans
+are compared by the rounds of their launches (`Budget.cost`). In bf16 at 832 x 480, beside whole frames:
+
+| tiles | GiB | work | cost |
+| --- | --: | --: | --: |
+| 1 x 3 | 1.01 | 1.06 | 1.31 |
+| 2 x 2 | 0.77 | 1.09 | 1.37 |
+| 1 x 5 | 0.67 | 1.12 | 1.32 |
+| 2 x 3 | 0.57 | 1.12 | 1.49 |
+
 Bands of rows that hand the last two rows of each layer's input on to the next band would repeat nothing. But what they
 hand on is 1.6 GB at 832 x 480 (for 81 frames, two rows of the input of each convolution and each block), which would
 have to live on the host and travel there and back for each band. Halos are the simpler bargain.

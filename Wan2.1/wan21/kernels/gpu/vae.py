@@ -1,7 +1,8 @@
 """The VAE's convolution as one Triton kernel: an implicit matrix product, with what stands around it in its two ends.
 
-A program computes a tile of tile_h x tile_w positions in several frames at once, for all output channels if they fit
-its registers. It reads each tile of an input frame once for all output frames that need it: with four output frames
+A program computes a tile of tile_h x tile_w positions in a group of frames at once, for all output channels if they
+fit its registers; all groups are one launch, for in a tile of the picture one of them has too few programs for all
+multiprocessors. It reads each tile of an input frame once for all output frames that need it: with four output frames
 half as much passes from the L2 cache as with one, and it is this that bounds a convolution of 96 channels. A number of
 channels that is no power of two is the sum of two that are (96 = 64 + 32), each with sums of its own.
 
@@ -43,6 +44,18 @@ def _with_product(sums, index: tl.constexpr, values, weights, precision: tl.cons
             found = found + (tl.dot(values, weights, sums[i], input_precision=precision),)
         else:
             found = found + (sums[i],)
+    return found
+
+
+@triton.jit
+def _of_group(tensors, group, count: tl.constexpr, step: tl.constexpr, num_groups: tl.constexpr):
+    """Of tensors in a row the `count` ones from `group` x `step` on."""
+    found = ()
+    for i in tl.static_range(count):
+        one = tensors[i]
+        for g in tl.static_range(1, num_groups):
+            one = tl.where(group == g, tensors[g * step + i], one)
+        found = found + (one,)
     return found
 
 
@@ -102,10 +115,10 @@ def _weights(row, c, n, row_length: tl.constexpr, c_in: tl.constexpr, c_out: tl.
 def conv_kernel(
     frames, weight, bias, gamma, outs, normed,
     height, width, out_height, out_width, top, left, missing, out_positions,
-    c_in: tl.constexpr, c_out: tl.constexpr, num_frames: tl.constexpr, num_taps: tl.constexpr, tile_h: tl.constexpr,
-    tile_w: tl.constexpr, block_k: tl.constexpr, wide: tl.constexpr, narrow: tl.constexpr, upsamples: tl.constexpr,
-    shares: tl.constexpr, adds: tl.constexpr, keeps: tl.constexpr, norms: tl.constexpr, precision: tl.constexpr,
-    rounds: tl.constexpr,
+    c_in: tl.constexpr, c_out: tl.constexpr, num_groups: tl.constexpr, num_frames: tl.constexpr,
+    num_taps: tl.constexpr, tile_h: tl.constexpr, tile_w: tl.constexpr, block_k: tl.constexpr, wide: tl.constexpr,
+    narrow: tl.constexpr, upsamples: tl.constexpr, shares: tl.constexpr, adds: tl.constexpr, keeps: tl.constexpr,
+    norms: tl.constexpr, precision: tl.constexpr, rounds: tl.constexpr,
 ):  # fmt: skip
     """See `conv`."""
     num_parts: tl.constexpr = (c_out + wide + narrow - 1) // (wide + narrow)
@@ -113,6 +126,11 @@ def conv_kernel(
     row_length: tl.constexpr = num_taps * 9 * c_in
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(2)
+    frames = _of_group(frames, group, num_frames + num_taps - 1, num_frames, num_groups)
+    outs = _of_group(outs, group, num_frames, num_frames, num_groups)
+    normed = _of_group(normed, group, num_frames, num_frames, num_groups)
+    missing = missing - group * num_frames
     tile = program // num_parts
     first = (program % num_parts) * (wide + narrow)
     tiles_w = tl.cdiv(out_width, tile_w)
@@ -240,42 +258,41 @@ def conv(
     num_programs = (
         triton.cdiv(out_height, blocks.tile_h) * triton.cdiv(out_width, blocks.tile_w) * triton.cdiv(c_out, n1 + n2)
     )
-    for start in range(0, num_frames, blocks.frames):
-        stop = start + blocks.frames
-        conv_kernel[num_programs, batch](
-            shown[start : stop + taps - 1],
-            weight,
-            bias,
-            some if gamma is None else gamma,
-            tuple(some if out is None else out[:, :, i] for i in range(start, stop)),
-            tuple(normed[start:stop]) if normed else (some,) * blocks.frames,
-            height,
-            width,
-            out_height,
-            out_width,
-            top,
-            left,
-            num_missing - start,
-            0 if out is None else out.stride(0) // c_out,
-            c_in=c_in,
-            c_out=c_out,
-            num_frames=blocks.frames,
-            num_taps=taps,
-            tile_h=blocks.tile_h,
-            tile_w=blocks.tile_w,
-            block_k=blocks.k,
-            wide=n1,
-            narrow=n2,
-            upsamples=upsamples,
-            shares=blocks.shares,
-            adds=adds,
-            keeps=out is not None,
-            norms=bool(normed),
-            precision="tf32" if in_tf32 else "ieee",
-            rounds=in_tf32,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-        )
+    conv_kernel[num_programs, batch, num_frames // blocks.frames](
+        shown,
+        weight,
+        bias,
+        some if gamma is None else gamma,
+        (some,) * num_frames if out is None else tuple(out[:, :, i] for i in range(num_frames)),
+        tuple(normed) or (some,) * num_frames,
+        height,
+        width,
+        out_height,
+        out_width,
+        top,
+        left,
+        num_missing,
+        0 if out is None else out.stride(0) // c_out,
+        c_in=c_in,
+        c_out=c_out,
+        num_groups=num_frames // blocks.frames,
+        num_frames=blocks.frames,
+        num_taps=taps,
+        tile_h=blocks.tile_h,
+        tile_w=blocks.tile_w,
+        block_k=blocks.k,
+        wide=n1,
+        narrow=n2,
+        upsamples=upsamples,
+        shares=blocks.shares,
+        adds=adds,
+        keeps=out is not None,
+        norms=bool(normed),
+        precision="tf32" if in_tf32 else "ieee",
+        rounds=in_tf32,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
 
 
 def norm_silu(frame: Tensor, gamma: Tensor, out: Tensor, *, rounds: bool) -> None:

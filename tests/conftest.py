@@ -98,6 +98,31 @@ def fits_one_screen(words: str) -> bool:
     return sum(max(1, len(textwrap.wrap(line, 120))) for line in words.splitlines()) <= 24
 
 
+class Clock:
+    """Stands still until a test lets time pass: who hits a limit is then no question of how fast the machine is."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._passes = 0.0
+
+    def let_pass(self, seconds: float) -> None:
+        """By the next look at the clock, however often this is said until then."""
+        self._passes = seconds
+
+    def monotonic(self) -> float:
+        self._now += self._passes
+        self._passes = 0.0
+        return self._now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which a job's limits are measured."""
+    made = Clock()
+    monkeypatch.setattr("wan_sweep.launch.process.time", made)
+    return made
+
+
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY

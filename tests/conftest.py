@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,18 @@ def environment() -> dict[str, str]:
 def fits_one_screen(words: str) -> bool:
     """Whether 24 lines of 120 columns show it whole."""
     return sum(max(1, len(textwrap.wrap(line, 120))) for line in words.splitlines()) <= 24
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200.0) -> None:
+    """Returns as soon as it is so, however slow the machine.
+
+    Raises:
+        AssertionError: it has not become so.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 class Clock:

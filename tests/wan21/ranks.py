@@ -118,6 +118,22 @@ class Forward:
 
 def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     """Runs it in a layout; gives the velocity, and the peak of the allocator beside weights and inputs."""
+    return forwards(layout, (case,), device)[0]
+
+
+def forwards(layout: Any, cases: tuple[Forward, ...], device: str = "cpu") -> list[dict[str, Any]]:
+    """The same for several, in one world: to connect takes longer than they do."""
+    from wan21.parallel.world import connect, local_device
+    from wan21.runtime import make_runtime
+
+    runtime = make_runtime(local_device(device))
+    world = connect(layout, runtime)
+    results = [_forward(world, runtime, case) for case in cases]
+    world.close()
+    return results
+
+
+def _forward(world: Any, runtime: Any, case: Forward) -> dict[str, Any]:
     import torch
 
     from wan21.components import DTYPES
@@ -126,13 +142,9 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     from wan21.dit.operations import FusedOperations, Operations
     from wan21.memory.hosted import HostedResidual
     from wan21.parallel import tokens as shared
-    from wan21.parallel.world import connect, local_device
-    from wan21.runtime import make_runtime
     from wan21.weights.load import materialize, module_shapes
     from wan21.weights.random import RandomSource
 
-    runtime = make_runtime(local_device(device))
-    world = connect(layout, runtime)
     is_fused = case.is_fused and world.size > 1
     operations = FusedOperations() if is_fused else Operations()
     shared.FEWEST_ROWS = case.fewest_rows
@@ -159,7 +171,6 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
         runtime.reset_memory_peaks()
         velocity = model(latents, time, context, turns=turns, plan=plan, residual=residual)
         peak = runtime.memory().allocated_peak_bytes - before
-    world.close()
     return {"velocity": velocity.cpu().numpy(), "peak": peak}
 
 

@@ -46,10 +46,11 @@ def _serve(pipe: Connection) -> None:
 
 
 class Ranks:
-    """Some processes, each of which imports torch once."""
+    """Some processes, for all of which torch is imported once: they are forked off a process that does nothing else."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp"])
         self._pipes = []
         self._processes = []
         for _ in range(count):

@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import wait_for
 from wan_sweep.record import Record, load_records
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

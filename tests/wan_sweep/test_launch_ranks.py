@@ -21,6 +21,8 @@ from wan_sweep.launch.events import Event
 from wan_sweep.launch.tree import MARK, marked
 from wan_sweep.store import MEASURE, rank_folder
 
+pytestmark = pytest.mark.slow
+
 PREAMBLE = """
 import faulthandler, json, os, signal, sys, time
 from pathlib import Path

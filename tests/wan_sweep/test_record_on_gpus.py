@@ -114,7 +114,7 @@ def test_on_a_cpu_it_ends_with_the_table(repository: Path, tmp_path: Path, child
         env={**child_environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -219,6 +219,7 @@ def test_an_unusable_store_is_a_warning_at_once(tmp_path: Path, caplog: pytest.L
     assert "cannot be used" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

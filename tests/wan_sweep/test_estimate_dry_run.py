@@ -19,10 +19,10 @@ from wan_sweep.schema import Job
 H100 = card_named("H100-80GB")
 TINY = Job(model="tiny", device="cuda")
 JOBS = {
-    "tiled": TINY.replace(size="256*160", frame_num=9, vae_budget_gib=0.01, offload=True, sample_steps=1),
+    "tiled": TINY.replace(size="256*160", frame_num=13, vae_budget_gib=0.01, offload=True, sample_steps=1),
     "streamed": TINY.replace(load_strategy="block", offload=True, attention_slicing=True, precision="fp32"),
     "controlled": Job(model="tiny-vace", device="cuda").replace(
-        size="160*96", frame_num=9, vae_budget_gib=0.012, load_strategy="part", offload=True, sample_steps=1
+        size="160*96", frame_num=17, vae_budget_gib=0.012, load_strategy="part", offload=True, sample_steps=1
     ),
     "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
 }

@@ -46,11 +46,13 @@ def _serve(pipe: Connection) -> None:
 
 
 class Ranks:
-    """Some processes, for all of which torch is imported once: they are forked off a process that does nothing else."""
+    """Some processes, forked off one that imports torch for all; with GPUs, as CUDA stands no fork, fresh ones."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp"])
+        import torch
+
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp"])  # of no effect on fresh ones
         self._pipes = []
         self._processes = []
         for _ in range(count):

@@ -12,6 +12,8 @@ BIN := .venv/bin
 # Compiling everything takes pip a minute; Python compiles what is used when it is first used.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
 	$(PIP_FLAGS)
+# Where Python may keep nothing, each of the many processes of sweeps and tests compiles torch anew, two seconds a time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: sweep ui test check format clean
 
@@ -22,7 +24,7 @@ ui: .venv/installed  ## MLflow's pages over outputs/, on this machine only
 	$(BIN)/python -m wan_sweep.track.ui $(ARGS)
 
 test: check  ## checks and all tests; what CI runs
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/installed-dev  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .

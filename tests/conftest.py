@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,9 @@ say("begin", "step", "step", 0, 4)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "hang":
+    Path(__file__).with_name("hangs").write_text(str(os.getpid()))
+    time.sleep(600)
+if what == "wait":
     time.sleep(600)
 if what == "leave":
     subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -59,9 +63,30 @@ say("end", "phase", "denoise")
 measured("ok")
 """
 
-DRIVER = """
-import sys, types
+# By it limits are measured. While the process lives whose number is in the file `hangs`, an hour passes at each look:
+# what hangs is found out at once, and nothing else is taken for it because the machine is slow.
+CLOCK = """
+import sys, time
 from pathlib import Path
+
+from wan_sweep.launch import process
+
+class Clock:
+    hangs = Path(sys.argv[1]).with_name("hangs")
+    ahead = 0.0
+
+    def monotonic(self):
+        if self.hangs.exists() and Path("/proc", self.hangs.read_text()).exists():
+            self.ahead += 3600
+        return time.monotonic() + self.ahead
+
+process.time = Clock()
+"""
+
+DRIVER = (
+    CLOCK
+    + """
+import types
 
 import wan_sweep
 
@@ -76,6 +101,7 @@ from wan_sweep import cli
 
 sys.exit(cli.run(sys.argv[2:], worker=(sys.executable, sys.argv[1])))
 """
+)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -96,6 +122,43 @@ def environment() -> dict[str, str]:
 def fits_one_screen(words: str) -> bool:
     """Whether 24 lines of 120 columns show it whole."""
     return sum(max(1, len(textwrap.wrap(line, 120))) for line in words.splitlines()) <= 24
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200.0) -> None:
+    """Returns as soon as it is so, however slow the machine.
+
+    Raises:
+        AssertionError: it has not become so.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+class Clock:
+    """Stands still until a test lets time pass: who hits a limit is then no question of how fast the machine is."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._passes = 0.0
+
+    def let_pass(self, seconds: float) -> None:
+        """By the next look at the clock, however often this is said until then."""
+        self._passes = seconds
+
+    def monotonic(self) -> float:
+        self._now += self._passes
+        self._passes = 0.0
+        return self._now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which a job's limits are measured."""
+    made = Clock()
+    monkeypatch.setattr("wan_sweep.launch.process.time", made)
+    return made
 
 
 @pytest.fixture

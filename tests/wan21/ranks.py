@@ -38,6 +38,7 @@ def _serve(pipe: Connection) -> None:
         environment, function, arguments = task
         os.environ.update(environment)
         gc.collect()  # what an earlier function left in cycles must not be freed while this one counts bytes
+        gc.freeze()  # what stays is not looked through again
         try:
             pipe.send((function(*arguments), None))
         except BaseException:  # noqa: BLE001 # whatever it is, the test shall show it
@@ -45,10 +46,13 @@ def _serve(pipe: Connection) -> None:
 
 
 class Ranks:
-    """Some processes, each of which imports torch once."""
+    """Some processes, forked off one that imports torch for all; with GPUs, as CUDA stands no fork, fresh ones."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        import torch
+
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp"])  # of no effect on fresh ones
         self._pipes = []
         self._processes = []
         for _ in range(count):
@@ -117,6 +121,22 @@ class Forward:
 
 def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     """Runs it in a layout; gives the velocity, and the peak of the allocator beside weights and inputs."""
+    return forwards(layout, (case,), device)[0]
+
+
+def forwards(layout: Any, cases: tuple[Forward, ...], device: str = "cpu") -> list[dict[str, Any]]:
+    """The same for several, in one world: to connect takes longer than they do."""
+    from wan21.parallel.world import connect, local_device
+    from wan21.runtime import make_runtime
+
+    runtime = make_runtime(local_device(device))
+    world = connect(layout, runtime)
+    results = [_forward(world, runtime, case) for case in cases]
+    world.close()
+    return results
+
+
+def _forward(world: Any, runtime: Any, case: Forward) -> dict[str, Any]:
     import torch
 
     from wan21.components import DTYPES
@@ -125,13 +145,9 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
     from wan21.dit.operations import FusedOperations, Operations
     from wan21.memory.hosted import HostedResidual
     from wan21.parallel import tokens as shared
-    from wan21.parallel.world import connect, local_device
-    from wan21.runtime import make_runtime
     from wan21.weights.load import materialize, module_shapes
     from wan21.weights.random import RandomSource
 
-    runtime = make_runtime(local_device(device))
-    world = connect(layout, runtime)
     is_fused = case.is_fused and world.size > 1
     operations = FusedOperations() if is_fused else Operations()
     shared.FEWEST_ROWS = case.fewest_rows
@@ -158,7 +174,6 @@ def forward(layout: Any, case: Forward, device: str = "cpu") -> dict[str, Any]:
         runtime.reset_memory_peaks()
         velocity = model(latents, time, context, turns=turns, plan=plan, residual=residual)
         peak = runtime.memory().allocated_peak_bytes - before
-    world.close()
     return {"velocity": velocity.cpu().numpy(), "peak": peak}
 
 

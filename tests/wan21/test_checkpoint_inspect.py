@@ -246,5 +246,5 @@ def test_inspecting_imports_no_torch(written: Path) -> None:
         [sys.executable, "-c", code, str(written / "whole")],
         env={"PYTHONPATH": str(root)},
         check=True,
-        timeout=60,
+        timeout=240,
     )

@@ -243,7 +243,7 @@ def test_loading_never_holds_a_second_copy_in_host_memory(tmp_path: Path) -> Non
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     safetensors, pth, kept = map(float, result.stdout.split())
     assert safetensors < PEAK_RATIO

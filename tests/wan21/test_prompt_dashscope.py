@@ -29,7 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashScope]:
         yield server
 
 
-def ask(pictures: tuple[np.ndarray, ...] = (), seed: int = 7, timeout_seconds: float = 5.0) -> tuple[str, list[float]]:
+def ask(pictures: tuple[np.ndarray, ...] = (), seed: int = 7, timeout_seconds: float = 60.0) -> tuple[str, list[float]]:
     """An answer and the pauses before it."""
     pauses: list[float] = []
     writer = DashScope("qwen-plus", timeout_seconds=timeout_seconds, sleep=pauses.append)

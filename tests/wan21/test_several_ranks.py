@@ -19,6 +19,7 @@ from tests.wan21.ranks import (
     decode_tiles,
     extend_for_all,
     forward,
+    forwards,
     generate,
     relative_distance,
 )
@@ -88,17 +89,20 @@ def alone(known: Any) -> Any:
 
 @pytest.mark.parametrize("case", FORWARDS, ids=str)
 @pytest.mark.parametrize("layout", SEQUENCES, ids=named)
-def test_a_forward_of_several_ranks_equals_that_of_one(ranks: Ranks, alone: Any, layout: Layout, case: Forward) -> None:
-    expected = alone(forward, case)
-    for result in ranks.run(layout.world_size, forward, layout, case):
-        assert relative_distance(result["velocity"], expected["velocity"]) < EXACT
+def test_a_forward_of_several_ranks_equals_that_of_one(known: Any, alone: Any, layout: Layout, case: Forward) -> None:
+    cases, number = tuple(FORWARDS), FORWARDS.index(case)
+    expected = alone(forwards, cases)[number]
+    for results in known(layout, forwards, cases):
+        assert relative_distance(results[number]["velocity"], expected["velocity"]) < EXACT
 
 
 @pytest.mark.parametrize(("layout", "case"), ON_EIGHT, ids=[f"{named(layout)}-{case}" for layout, case in ON_EIGHT])
-def test_a_forward_of_eight_ranks_equals_that_of_one(ranks: Ranks, alone: Any, layout: Layout, case: Forward) -> None:
-    expected = alone(forward, case)
-    for result in ranks.run(8, forward, layout, case):
-        assert relative_distance(result["velocity"], expected["velocity"]) < EXACT
+def test_a_forward_of_eight_ranks_equals_that_of_one(known: Any, alone: Any, layout: Layout, case: Forward) -> None:
+    cases = tuple(other for place, other in ON_EIGHT if place == layout)
+    number = cases.index(case)
+    expected = alone(forwards, cases)[number]
+    for results in known(layout, forwards, cases):
+        assert relative_distance(results[number]["velocity"], expected["velocity"]) < EXACT
 
 
 PIPELINES: list[tuple[Layout, dict[str, Any], dict[str, Any]]] = [

@@ -195,7 +195,11 @@ def test_ctrl_c_while_reading_ends_the_script_quietly(tmp_path: Path) -> None:
     pipe = tmp_path / "endless"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(pipe)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), str(pipe)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - as in a terminal
     )
     try:
         with pipe.open("w") as file:  # opens once the script reads

@@ -65,7 +65,7 @@ def test_peaks_of_a_run_equal_those_of_the_replay_of_its_history(settings: str) 
     program = "from tests.wan_sweep.test_analyze_gpu import compare_peaks; compare_peaks()"
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": settings, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
 

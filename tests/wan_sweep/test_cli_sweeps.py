@@ -4,14 +4,16 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.conftest import wait_for
 from wan_sweep.record import Record, load_records
+
+pytestmark = pytest.mark.slow
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -31,7 +33,7 @@ def processes_in(folder: Path) -> list[int]:
 
 
 def test_every_outcome_is_a_record_and_the_others_go_on(fake_sweep: Command, tmp_path: Path) -> None:
-    done = fake_sweep("-m", "prompt=ok,kill,oom,fail,hang,leave", "frame_num=9,80", "stall_timeout_s=1")
+    done = fake_sweep("-m", "prompt=ok,kill,oom,fail,hang,leave", "frame_num=9,80", "stall_timeout_s=300")
     assert done.returncode == 1, done.stderr
     records = load_records(sweeps(tmp_path)[0])
     by_prompt = {record.overrides["prompt"]: record for record in records if record.outcome != "refused"}
@@ -44,6 +46,7 @@ def test_every_outcome_is_a_record_and_the_others_go_on(fake_sweep: Command, tmp
         "leave": "ok",
     }
     assert sum(record.outcome == "refused" for record in records) == 6
+    assert by_prompt["hang"].reason.startswith("no event for 300 s in denoise, step 1 of 4")
     assert by_prompt["fail"].reason == "exit code 1 in denoise, step 1 of 4: ValueError: the pipeline broke"
     assert by_prompt["ok"].metrics == {"memory/peak/allocated_bytes": 64 * 2**20, "time/total_s": 0.1}
     assert by_prompt["ok"].environment["cuda"] == "none"
@@ -81,7 +84,7 @@ def test_the_same_command_does_only_what_is_missing(fake_sweep: Command, tmp_pat
 
 
 def test_repeats_run_round_by_round(fake_sweep: Command, tmp_path: Path) -> None:
-    fake_sweep("-m", "prompt=ok,leave", "repeats=2", "stall_timeout_s=20")
+    fake_sweep("-m", "prompt=ok,leave", "repeats=2")
     records = load_records(sweeps(tmp_path)[0])
     assert [(record.overrides["prompt"], record.repeat) for record in records] == [
         ("ok", 0),
@@ -135,7 +138,7 @@ def test_two_sweeps_at_once_do_not_touch_each_other(
 ) -> None:
     command = [*fake_command, "-m", "prompt=ok,oom", "resume=false"]
     both = [subprocess.Popen(command, cwd=tmp_path, env=child_environment, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
     folders = sweeps(tmp_path)
     assert len(folders) == 2
     for folder in folders:
@@ -147,7 +150,7 @@ def test_an_interrupted_sweep_keeps_what_it_has_and_can_be_continued(
     fake_command: list[str], child_environment: dict[str, str], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process = subprocess.Popen(
-        [*fake_command, "-m", "prompt=ok,hang,leave"],
+        [*fake_command, "-m", "prompt=ok,wait,leave"],
         cwd=tmp_path,
         env=child_environment,
         stdout=subprocess.PIPE,
@@ -155,12 +158,10 @@ def test_an_interrupted_sweep_keeps_what_it_has_and_can_be_continued(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - as in a terminal
     )
-    events = tmp_path / "outputs/sweep"
-    deadline = time.monotonic() + 30
-    while not list(events.glob("*/2_prompt=hang/events.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    under_way = "outputs/sweep/*/2_prompt=wait/events.jsonl"
+    wait_for(lambda: any('"step"' in path.read_text() for path in tmp_path.glob(under_way)))
     os.kill(process.pid, number)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=240)
     assert code == process.returncode
     assert "Traceback" not in stdout + stderr
     assert "1 of 3 jobs were not started; the same command runs what is missing." in stdout

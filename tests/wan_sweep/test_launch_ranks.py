@@ -4,21 +4,24 @@ Each rank is a few lines of Python without torch; what one of them would wait fo
 module whose path is like that of torch's.
 """
 
-import signal
 import subprocess
 import sys
 import textwrap
-import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.conftest import Clock, wait_for
 from wan_sweep.launch import Interrupted, Limits, Result, launch, worker_environment
 from wan_sweep.launch.command import command_of
 from wan_sweep.launch.events import Event
 from wan_sweep.launch.tree import MARK, marked
-from wan_sweep.store import MEASURE
+from wan_sweep.store import MEASURE, rank_folder
+
+pytestmark = pytest.mark.slow
 
 PREAMBLE = """
 import faulthandler, json, os, signal, sys, time
@@ -35,17 +38,23 @@ def say(event, kind, name, index=None, total=None):
     with (folder / "events.jsonl").open("a") as file:
         print(json.dumps(dict(time=0.0, event=event, kind=kind, name=name, index=index, total=total)), file=file)
 def tell(outcome="ok", reason="", **more):
-    (folder / "measurement.json").write_text(json.dumps(dict(outcome=outcome, reason=reason, **more)))
+    (folder / "unfinished").write_text(json.dumps(dict(outcome=outcome, reason=reason, **more)))
+    (folder / "unfinished").replace(folder / "measurement.json")
 def fail(reason, **failure):
     tell("failed", reason, failure=dict(time=time.time(), **failure))
     os._exit(1)
+def fall_silent():
+    say("end", "block", "block")
+    time.sleep(600)
 def wait_for_others():
     path = job / "site" / "torch" / "distributed" / "collectives.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    exec(compile("import time\\ntime.sleep(60)", str(path), "exec"), {})
+    exec(compile("fall_silent()", str(path), "exec"), globals())
 def peers_are_there():
-    pids = [job / f"rank{one}" / "pid" if one else job / "pid" for one in range(int(os.environ["WORLD_SIZE"]))]
-    while not all(path.exists() and path.read_text() for path in pids): time.sleep(0.02)
+    homes = [job / f"rank{one}" if one else job for one in range(int(os.environ["WORLD_SIZE"]))]
+    while not all(has_told(home / "events.jsonl") for home in homes): time.sleep(0.02)
+def has_told(path):
+    return path.exists() and path.read_text().count("\\n") >= 2
 say("begin", "phase", "denoise")
 say("begin", "step", "step", 1 + rank, 4)
 peers_are_there()
@@ -58,9 +67,11 @@ def write_program(folder: Path, body: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def run_ranks(folder: Path, body: str, limits: Limits | None = None) -> Result:
+def run_ranks(
+    folder: Path, body: str, limits: Limits | None = None, on_event: Callable[[Event], None] = lambda _: None
+) -> Result:
     command = write_program(folder, body)
-    return launch(folder, limits=limits or Limits(timeout_s=60), on_event=lambda _: None, command=command, num_ranks=2)
+    return launch(folder, limits=limits or Limits(timeout_s=200), on_event=on_event, command=command, num_ranks=2)
 
 
 def rank_pids(folder: Path) -> list[int]:
@@ -130,15 +141,26 @@ def test_a_rank_that_dies_without_a_word_is_told_by_its_own_log(tmp_path: Path) 
     assert result.reason == "rank 1: exit code 1 in denoise, step 3 of 4: ImportError: no such library"
 
 
-def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(tmp_path: Path, clock: Clock) -> None:
+    def is_silent(rank: int) -> bool:
+        events = rank_folder(tmp_path, rank) / "events.jsonl"
+        if not events.exists() or events.read_text().count("\n") < 3:
+            return False
+        return psutil.Process(rank_pids(tmp_path)[rank]).status() == psutil.STATUS_SLEEPING
+
+    def hear(event: Event) -> None:
+        if event.kind == "block":
+            wait_for(lambda: all(is_silent(rank) for rank in range(2)))
+            clock.let_pass(301)
+
     body = """
     def stuck():
-        time.sleep(60)
+        say("end", "block", "block"), time.sleep(600)
     wait_for_others() if rank == 0 else stuck()
     """
-    result = run_ranks(tmp_path, body, Limits(stall_timeout_s=10.0))
+    result = run_ranks(tmp_path, body, Limits(stall_timeout_s=300), hear)
     assert result.outcome == "timeout"
-    assert result.reason.startswith("rank 1: no event for 10 s in denoise, step 3 of 4 at program.py:")
+    assert result.reason.startswith("rank 1: no event for 300 s in denoise, step 3 of 4 at program.py:")
     assert result.reason.endswith(", stuck; raise stall_timeout_s if that is expected")
     assert_none_is_left(tmp_path)
 
@@ -148,7 +170,7 @@ def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
     import ctypes
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     if rank: os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(600)
     """
     result = run_ranks(tmp_path, body)
     assert result.reason.startswith("torchrun: killed by SIGKILL in denoise, step 2 of 4")
@@ -157,38 +179,31 @@ def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
 
 def test_an_interrupted_parent_leaves_no_rank(tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
-        if event.kind == "step":
-            # What rank 0 tells may come before rank 1 has said which process it is.
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "rank1" / "events.jsonl").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+        if event.kind == "block":  # by then both have said which process they are
             raise KeyboardInterrupt
 
-    command = write_program(tmp_path, "time.sleep(60)")
-    with pytest.raises(Interrupted, match="denoise"):
-        launch(tmp_path, limits=Limits(), on_event=interrupt, command=command, num_ranks=2)
+    with pytest.raises(Interrupted, match="denoise, step 2 of 4"):
+        run_ranks(tmp_path, "fall_silent()", on_event=interrupt)
     assert_none_is_left(tmp_path)
 
 
 def test_torchrun_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     (tmp_path / "rank1").mkdir()
-    command = command_of(tmp_path, MEASURE, write_program(tmp_path, "time.sleep(60)"), 2)
-    starter = f"import subprocess, time; p = subprocess.Popen({command!r}); time.sleep(60)"
-    environment = {**worker_environment(num_ranks=2), MARK: "of-this-test"}
+    command = command_of(tmp_path, MEASURE, write_program(tmp_path, "time.sleep(600)"), 2)
+    starter = f"import subprocess, time; p = subprocess.Popen({command!r}); time.sleep(600)"
+    mark = uuid.uuid4().hex
+    environment = {**worker_environment(num_ranks=2), MARK: mark}
     process = subprocess.Popen([sys.executable, "-c", starter], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "rank1" / "events.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    agents = [one for one in marked("of-this-test") if "wan_sweep.torchrun" in one.cmdline()]
-    psutil.wait_procs(agents, timeout=10)
     try:
-        assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in agents)
+        wait_for((tmp_path / "rank1" / "events.jsonl").exists)
+        (agent,) = (one for one in marked(mark) if "wan_sweep.torchrun" in one.cmdline())
+        process.kill()
+        _, alive = psutil.wait_procs([agent], timeout=60)
+        assert alive == []
     finally:
-        for one in marked("of-this-test"):
+        process.kill()
+        process.wait()
+        for one in marked(mark):
             one.kill()
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,23 +52,20 @@ class Done:
     code: int
     stdout: str
     stderr: str
-    seconds: float
 
 
 def run(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> Done:
     """`python -m wan_sweep` in this folder. One thread: two jobs at once on two cores would fight for them."""
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, *options, "-m", "wan_sweep", *arguments],
         cwd=folder,
         env={**environment(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
-    seconds = time.monotonic() - started
-    return Done(code=done.returncode, stdout=done.stdout, stderr=done.stderr, seconds=seconds)
+    return Done(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 def sweeps(folder: Path) -> list[Path]:
@@ -230,7 +226,6 @@ def test_the_same_command_again_takes_everything_over(story: Story) -> None:
     assert [record.metrics for record in taken] == [record.metrics for record in story.records]
     assert [record.measured_in for record in taken] == [str(story.sweep / record.name) for record in story.records]
     assert list(story.sweep_again.glob("*/events.jsonl")) == []
-    assert story.again.seconds < story.first.seconds
     runs = [story.run_of(story.sweep_again / record.name) for record in taken]
     assert {(run.info.status, run.data.tags["outcome"]) for run in runs} == {("FINISHED", "skipped")}
 

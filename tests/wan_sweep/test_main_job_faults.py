@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 import psutil
 import pytest
 
+from tests.conftest import wait_for
+from tests.wan_sweep.halting_worker import HaltingWorker
 from wan_sweep.record import Record, load_records
 from wan_sweep.track.ledger import read_entry
 
@@ -26,7 +27,7 @@ pytestmark = [
 
 QUICK = ("model=tiny", "device=cpu", "save_video=false")
 SMALL = ("size=96*64", "frame_num=1")
-LONG = "sample_steps=400"  # of 20 to 120 ms: never comes to its end
+LONG = "sample_steps=3"  # halts at the second one
 NOWHERE = "http://127.0.0.1:9"
 
 # On top of `import torch` a job of the largest size needs at least 0.23 GiB, in the end; until it decodes, 0.09 GiB.
@@ -43,11 +44,11 @@ class Done:
 
 
 class Started:
-    """`python -m wan_sweep -m ...` on quick jobs, under way."""
+    """The command with `-m` on quick jobs, under way."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "wan_sweep", "-m", *QUICK, *arguments],
+            command,
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -56,15 +57,9 @@ class Started:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - as in a terminal
         )
 
-    def worker(self) -> psutil.Process:
-        """The process of the running job."""
-        children = psutil.Process(self.process.pid).children()
-        (worker,) = (child for child in children if "wan_sweep.worker" in child.cmdline())
-        return worker
-
     def done(self) -> Done:
         """Waits for the end."""
-        stdout, stderr = self.process.communicate(timeout=120)
+        stdout, stderr = self.process.communicate(timeout=240)
         assert "Traceback" not in stdout + stderr
         return Done(code=self.process.returncode, stdout=stdout, stderr=stderr)
 
@@ -87,12 +82,18 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, child_environment: dict[str, str]) -> Iterator[Start]:
+def halting(tmp_path_factory: pytest.TempPathFactory) -> HaltingWorker:
+    return HaltingWorker(tmp_path_factory.mktemp("worker"))
+
+
+@pytest.fixture
+def start(tmp_path: Path, child_environment: dict[str, str], halting: HaltingWorker) -> Iterator[Start]:
     """Starts commands in an empty folder; one thread, since two jobs at once on two cores would fight for them."""
     all_started: list[Started] = []
 
     def begin(*arguments: str, **variables: str) -> Started:
-        all_started.append(Started(tmp_path, arguments, {**child_environment, "OMP_NUM_THREADS": "1", **variables}))
+        command = [*halting.command, "-m", *QUICK, *arguments]
+        all_started.append(Started(tmp_path, command, {**child_environment, "OMP_NUM_THREADS": "1", **variables}))
         return all_started[-1]
 
     yield begin
@@ -101,22 +102,6 @@ def start(tmp_path: Path, child_environment: dict[str, str]) -> Iterator[Start]:
             one.process.kill()
     for process in processes_in(tmp_path):
         process.kill()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def wait_for_denoising(root: Path, number: int) -> None:
-    """Returns when this job of the only sweep is in the middle of its work."""
-
-    def is_in_the_middle() -> bool:
-        return any('"name": "step"' in path.read_text() for path in root.glob(f"sweep/*/{number}_*/events.jsonl"))
-
-    wait_for(is_in_the_middle)
 
 
 def sweeps(folder: Path) -> list[Path]:
@@ -131,7 +116,7 @@ def data_gib_of_torch(environment: dict[str, str]) -> float:
     """Data memory of a process that has imported torch and done nothing, as RLIMIT_DATA counts it."""
     code = "import torch; print(next(x for x in open('/proc/self/status') if x.startswith('VmData')).split()[1])"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
     return int(done.stdout) / 2**20
 
 
@@ -156,14 +141,13 @@ def test_a_job_out_of_memory_says_where_and_how_much_and_the_next_one_is_ok(
 
 
 def test_a_worker_that_is_killed_or_hangs_is_one_row_with_its_place_and_the_next_job_runs(
-    start: Start, tmp_path: Path
+    start: Start, halting: HaltingWorker, tmp_path: Path
 ) -> None:
-    started = start(f"{LONG},401,1", *SMALL, "stall_timeout_s=10", "track=false")
-    wait_for_denoising(tmp_path / "outputs", 1)
-    started.worker().kill()
-    wait_for_denoising(tmp_path / "outputs", 2)
-    worker = started.worker()
+    started = start(f"{LONG},4,1", *SMALL, "stall_timeout_s=300", "track=false")
+    halting.wait_for(1).kill()
+    worker = halting.wait_for(2)
     worker.suspend()
+    halting.let_time_pass(worker)
     done = started.done()
     assert done.code == 1
     killed, hung, other = load_records(sweeps(tmp_path)[0])
@@ -172,15 +156,17 @@ def test_a_worker_that_is_killed_or_hangs_is_one_row_with_its_place_and_the_next
     assert killed.failure is not None
     assert killed.failure["exit_code"] == -signal.SIGKILL
     assert killed.reason.partition(";")[0] in done.stdout
-    assert hung.reason.startswith("no event for 10 s in denoise")
+    assert hung.reason.startswith("no event for 300 s in denoise")
     assert not worker.is_running()
     assert processes_in(tmp_path) == []
 
 
-def test_ctrl_c_leaves_no_process_and_the_same_command_does_the_rest(start: Start, tmp_path: Path) -> None:
-    command = ("sample_steps=1,50,2", *SMALL, "track=false")
+def test_ctrl_c_leaves_no_process_and_the_same_command_does_the_rest(
+    start: Start, halting: HaltingWorker, tmp_path: Path
+) -> None:
+    command = ("sample_steps=1,3,2", *SMALL, "track=false")
     started = start(*command)
-    wait_for_denoising(tmp_path / "outputs", 2)
+    halting.wait_for(2)
     os.kill(started.process.pid, signal.SIGINT)
     done = started.done()
     assert done.code == 130
@@ -189,6 +175,7 @@ def test_ctrl_c_leaves_no_process_and_the_same_command_does_the_rest(start: Star
     assert outcomes(records) == [(1, "ok"), (2, "failed")]
     assert records[1].reason.startswith("interrupted in denoise")
     assert "the same command runs what is missing" in done.stdout
+    halting.go_on()
     assert start(*command).done().code == 0
     rest = load_records(sweeps(tmp_path)[1])
     assert outcomes(rest) == [(1, "skipped"), (2, "ok"), (3, "ok")]
@@ -196,12 +183,12 @@ def test_ctrl_c_leaves_no_process_and_the_same_command_does_the_rest(start: Star
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
-def test_a_worker_dies_with_its_parent(start: Start, tmp_path: Path) -> None:
+def test_a_worker_dies_with_its_parent(start: Start, halting: HaltingWorker, tmp_path: Path) -> None:
     started = start(LONG, *SMALL, "track=false")
-    wait_for_denoising(tmp_path / "outputs", 1)
-    assert len(processes_in(tmp_path)) == 1
+    worker = halting.wait_for(1)
+    assert processes_in(tmp_path) == [worker]
     started.process.kill()
-    wait_for(lambda: processes_in(tmp_path) == [], seconds=2)
+    wait_for(lambda: processes_in(tmp_path) == [], seconds=60)
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(start: Start, tmp_path: Path) -> None:
@@ -219,16 +206,16 @@ def set_file_limit(process: psutil.Process, num_bytes: int) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Started], None]]:
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Started, psutil.Process], None]]:
     """Puts outputs/ on a small disk where that is allowed; call it to fill the disk, else no file grows any more."""
     disk = tmp_path / "outputs"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]
     is_mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    def fill(started: Started) -> None:
+    def fill(started: Started, worker: psutil.Process) -> None:
         if not is_mounted:
-            set_file_limit(started.worker(), 0)
+            set_file_limit(worker, 0)
             set_file_limit(psutil.Process(started.process.pid), 0)
             return
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
@@ -243,16 +230,16 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Started], None]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process can be set on Linux only")
 def test_a_disk_that_fills_up_loses_nothing_that_was_measured(
-    small_disk: Callable[[Started], None], start: Start, tmp_path: Path
+    small_disk: Callable[[Started, psutil.Process], None], start: Start, halting: HaltingWorker, tmp_path: Path
 ) -> None:
-    started = start("sample_steps=1,400,2", *SMALL, "track=false")
-    wait_for_denoising(tmp_path / "outputs", 2)
-    small_disk(started)
+    started = start("sample_steps=1,3,2", *SMALL, "track=false")
+    small_disk(started, halting.wait_for(2))
+    halting.go_on()
     done = started.done()
     assert done.code == 1
     (record,) = load_records(sweeps(tmp_path)[0])
     assert (record.outcome, record.metrics["time/total_s"] > 0) == ("ok", True)
-    assert "job 2 sample_steps=400: failed" in done.stdout
+    assert "job 2 sample_steps=3: failed" in done.stdout
     assert "job 3 sample_steps=2: failed" in done.stdout
     assert f"peak {record.metrics['memory/peak/allocated_bytes'] / 2**20:.1f} MiB" in done.stdout
     assert "could not be written: " in done.stdout
@@ -282,7 +269,7 @@ def test_an_mlflow_server_that_is_not_there_costs_no_result(
     reachable = {**child_environment, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'reachable.db'}"}
     command = [sys.executable, "-m", "wan_sweep.track.sync", str(sweep)]
     sync = subprocess.run(
-        command, cwd=tmp_path, env=reachable, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=reachable, capture_output=True, text=True, timeout=240, check=False
     )
     assert sync.returncode == 0, sync.stderr
     assert [entry.state for entry in map(read_entry, (job, sweep)) if entry] == ["sent", "sent"]

@@ -1,17 +1,13 @@
 """Real jobs of two ranks on the CPU: a killed rank is named, and the next job runs and is measured by rank."""
 
-import contextlib
 import json
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.wan_sweep.halting_worker import HaltingWorker
 from wan_sweep.record import load_records
 
 pytestmark = pytest.mark.slow
@@ -21,16 +17,19 @@ SHARDED = ("ulysses_size=2", "dit_fsdp=true", "t5_fsdp=true", "profile_memory=tr
 
 
 @pytest.fixture
-def environment(child_environment: dict[str, str]) -> dict[str, str]:
-    return {**child_environment, "OMP_NUM_THREADS": "1"}
+def halting(tmp_path_factory: pytest.TempPathFactory) -> HaltingWorker:
+    return HaltingWorker(tmp_path_factory.mktemp("worker"))
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def sweep(
+    tmp_path: Path, child_environment: dict[str, str], halting: HaltingWorker
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
+    environment = {**child_environment, "OMP_NUM_THREADS": "1"}
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "wan_sweep", "-m", *QUICK, *SHARDED, *arguments]
+        command = [*halting.command, "-m", *QUICK, *SHARDED, *arguments]
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -40,50 +39,30 @@ def sweep(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[...,
         one.wait()
 
 
-def wait_for_steps(folder: Path, number: int) -> Path:
-    """Returns the folder of this job when its second rank is in the middle of its work."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        for path in folder.glob(f"outputs/sweep/*/{number}_*/rank1/events.jsonl"):
-            if path.read_text().count('"name": "step"') > 4:
-                return path.parent.parent
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
-def ranks_of(job: Path) -> dict[int, psutil.Process]:
-    """The processes of the ranks of a job."""
-    found = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:3] == ["-m", "wan_sweep.worker"] and str(job) in process.cmdline():
-                found[int(process.environ()["RANK"])] = process
-    return found
-
-
 def test_a_killed_rank_is_named_and_the_next_job_is_measured_by_rank(
-    sweep: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    sweep: Callable[..., subprocess.Popen[str]], halting: HaltingWorker, tmp_path: Path
 ) -> None:
-    # 400 steps of 20 to 120 ms: never comes to its end.
-    process = sweep("sample_steps=400,2")
-    killed = wait_for_steps(tmp_path, 1)
-    ranks = ranks_of(killed)
-    ranks[1].send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    process = sweep("sample_steps=3,2")
+    last = halting.wait_for(1)
+    ranks = halting.ranks()
+    assert len(ranks) == 2
+    last.kill()
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
-    first, second = load_records(killed.parent)
+    (folder,) = (tmp_path / "outputs" / "sweep").iterdir()
+    first, second = load_records(folder)
     assert first.outcome == "failed"
-    assert first.reason.startswith("rank 1: killed by SIGKILL in denoise, step ")
-    assert not any(rank.is_running() for rank in ranks.values())
+    assert first.reason.startswith("rank 1: killed by SIGKILL in denoise, step 2 of 3")
+    assert not any(rank.is_running() for rank in ranks)
     assert second.outcome == "ok"
     assert [rank["rank"] for rank in second.ranks] == [0, 1]
     attribution = second.passes["attribution"]
     assert (attribution["outcome"], [rank["outcome"] for rank in attribution["ranks"]]) == ("ok", ["ok", "ok"])
     peaks = [rank["metrics"]["memory/peak/allocated_bytes"] for rank in second.ranks]
     assert second.metrics["memory/peak/allocated_bytes"] == max(peaks)
-    document = json.loads((killed.parent / second.name / "rank1" / "memory_events.json").read_text())
+    document = json.loads((folder / second.name / "rank1" / "memory_events.json").read_text())
     assert (document["rank"], document["num_ranks"]) == (1, 2)
-    assert (killed.parent / second.name / "rank1" / "memory_timeline.png").exists()
-    header = (killed.parent / "results.csv").read_text().splitlines()[0]
+    assert (folder / second.name / "rank1" / "memory_timeline.png").exists()
+    header = (folder / "results.csv").read_text().splitlines()[0]
     assert "rank1/memory/peak/allocated_mib" in header
-    assert not list((killed.parent / second.name / "rank1").glob("*.mp4"))
+    assert not list((folder / second.name / "rank1").glob("*.mp4"))

@@ -34,6 +34,7 @@ def records(folder: Path) -> list[list[Record]]:
     return [load_records(sweep) for sweep in sorted((folder / "outputs" / "sweep").iterdir())]
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_videos_from_pictures_and_knows_them_again_elsewhere(wan_sweep: Command, tmp_path: Path) -> None:
     save(tmp_path / "kite.png")
     done = wan_sweep(*QUICK, "model=tiny-i2v", "image=kite.png", "offload=false,true")

@@ -336,13 +336,20 @@ def test_what_the_process_holds_outside_the_allocator_is_told_where_it_is_known(
 
 
 def test_what_reading_costs_is_not_in_the_times_of_outer_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
+    now = [0.0]
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
 
     device = Scripted()
-    monkeypatch.setattr(device, "device_used_bytes", lambda: time.sleep(0.01) or 0)
+    monkeypatch.setattr("wan_sweep.measure.recorder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(device, "device_used_bytes", lambda: pass_by(1000))
     recorder = Recorder(device, Lines())
     with recorder.span(phase("denoise")):
         for index in range(10):
             with recorder.span(step(index, total=10)):
-                pass
-    assert recorder.metrics()["time/denoise_s"] < 0.02
+                pass_by(2)
+            pass_by(0.5)
+    assert recorder.metrics()["time/denoise_s"] == 25
+    assert recorder.series()["step/seconds"] == [2] * 10
+    assert now[0] > 20_000

@@ -49,7 +49,7 @@ class Script:
         command = ["bash", str(self.root / "scripts/run_memory_tests.sh"), *arguments]
         environment = {**kept, "CALLS": str(self.calls), "MADE_IN": "outputs", **environ}
         return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
 
     def told(self, module: str) -> list[str]:
@@ -161,7 +161,7 @@ def test_the_matrix_runs_and_its_report_is_there(
     command = ["bash", str(repository / "scripts/run_memory_tests.sh"), *overrides]
     environment = {**child_environment, "PYTHON": sys.executable}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the jobs run on the CPU" in done.stdout

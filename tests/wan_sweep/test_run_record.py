@@ -48,7 +48,7 @@ def run(script: Path, *arguments: str) -> tuple[int, list[str]]:
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHON", "PYTHONPATH"}}
     command = ["bash", str(script), *arguments]
     environment = {**kept, "CALLS": str(calls)}
-    done = subprocess.run(command, cwd=script.parents[2], env=environment, check=False, timeout=60)
+    done = subprocess.run(command, cwd=script.parents[2], env=environment, check=False, timeout=240)
     return done.returncode, calls.read_text().splitlines()
 
 
@@ -114,7 +114,7 @@ def test_on_a_cpu_it_ends_with_the_table(repository: Path, tmp_path: Path, child
         env={**child_environment, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

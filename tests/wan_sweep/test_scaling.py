@@ -181,7 +181,7 @@ def run(folder: Path, repository: Path, *arguments: str, **variables: str) -> tu
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHON", "PYTHONPATH"}}
     environment = {**kept, "CALLS": str(folder / "calls"), **variables}
     command = ["bash", str(script), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, check=False, timeout=60)
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, timeout=240)
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 

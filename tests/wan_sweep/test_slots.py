@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_for
 from wan_sweep import passes
 from wan_sweep.errors import UsageError
 from wan_sweep.launch import worker_environment
@@ -27,13 +28,16 @@ from wan_sweep.launch.slots import Slots
 folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[5])
 num, rounds = int(sys.argv[3]), int(sys.argv[4])
 slots = Slots(folder / "locks", {"0": "GPU-a", "1": "GPU-b"})
+def tell(what, words):
+    (folder / f"{name}_unfinished").write_text(words)
+    (folder / f"{name}_unfinished").replace(folder / f"{name}_{what}")
 for _ in range(rounds):
     with slots.take(num, on_wait=lambda: (folder / f"{name}_waits").touch()) as lease:
         files = [os.open(folder / f"used_{device}", os.O_CREAT | os.O_EXCL) for device in lease.devices]
-        (folder / f"{name}_has").write_text(",".join(lease.devices))
+        tell("has", ",".join(lease.devices))
         if "child" in name:
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=lease.locks)
-            (folder / f"{name}_pid").write_text(str(child.pid))
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=lease.locks)
+            tell("pid", str(child.pid))
         time.sleep(seconds)
         for device in lease.devices:
             (folder / f"used_{device}").unlink()
@@ -52,16 +56,13 @@ class Holders:
         self.folder = folder
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, num: int, *, rounds: int = 1, seconds: float = 60.0) -> subprocess.Popen[bytes]:
+    def start(self, name: str, num: int, *, rounds: int = 1, seconds: float = 600.0) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", HOLDER, str(self.folder), name, str(num), str(rounds), str(seconds)]
         self.started.append(subprocess.Popen(command, env=worker_environment()))
         return self.started[-1]
 
-    def wait_for(self, name: str, *, seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, f"{name} was waited for in vain"
-            time.sleep(0.02)
+    def wait_for(self, name: str) -> None:
+        wait_for((self.folder / name).exists)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def holders(tmp_path: Path) -> Iterator[Holders]:
 def test_jobs_at_the_same_time_never_have_the_same_gpu(holders: Holders) -> None:
     processes = [holders.start(f"one{number}", 1, rounds=4, seconds=0.05) for number in range(4)]
     processes += [holders.start(f"two{number}", 2, rounds=2, seconds=0.05) for number in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0] * 6
+    assert [process.wait(timeout=240) for process in processes] == [0] * 6
 
 
 def test_the_gpus_of_a_killed_holder_are_free_at_once(holders: Holders, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_the_gpus_of_a_killed_holder_are_free_at_once(holders: Holders, tmp_path
     for device in POOL:
         (tmp_path / f"used_{device}").unlink()
     first.send_signal(signal.SIGKILL)
-    assert second.wait(timeout=20) == 0
+    assert second.wait(timeout=240) == 0
     assert (tmp_path / "second_has").read_text() == "0,1"
 
 

@@ -33,6 +33,7 @@ def save_sources(folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_video_from_files_and_without_them(wan_sweep: Command, tmp_path: Path) -> None:
     save_sources(tmp_path)
     done = wan_sweep(

@@ -20,6 +20,7 @@ MARK = "WAN_SWEEP_JOB"
 
 _KILL_SECONDS = 10.0
 _SECONDS_FOR_STACKS = 0.5
+_LONGEST_UNTIL_ASKED = 5.0
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -45,22 +46,27 @@ def ask_for_stacks(mark: str) -> None:
 
     A process that does not listen would be ended by the signal, so the kernel is asked first who does.
     """
-    asked = False
+    asked = []
     for process in marked(mark):
-        if _listens(process.pid, signal.SIGUSR1):
+        if _is_in("SigCgt", process.pid):
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGUSR1)
-                asked = True
+                asked.append(process.pid)
     if asked:
+        # Where the machine is busy with something else, a process may not come to hear of it at once.
+        deadline = time.monotonic() + _LONGEST_UNTIL_ASKED
+        while any(_is_in("ShdPnd", pid) for pid in asked) and time.monotonic() < deadline:
+            time.sleep(0.05)
         time.sleep(_SECONDS_FOR_STACKS)
 
 
-def _listens(pid: int, number: signal.Signals) -> bool:
+def _is_in(signals: str, pid: int) -> bool:
+    """Whether SIGUSR1 is among these signals of a process: SigCgt it listens to, ShdPnd are on their way."""
     try:
-        found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        found = re.search(rf"^{signals}:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
         return False  # it has ended, or this is not Linux
-    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+    return found is not None and bool(int(found[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def end_tree(process: subprocess.Popen[bytes], mark: str, *, grace_s: float) -> bool:

@@ -66,7 +66,7 @@ class MadeUp:
             "decode": decode + beside,
         }
         reserved = {f"memory/peak/{name}/reserved_bytes": int(gib * GIB) for name, gib in needs.items()}
-        return {**reserved, "memory/peak/host_pinned_bytes": 0}
+        return {**reserved, "memory/peak/allocated_bytes": 0, "memory/peak/host_pinned_bytes": 0}
 
 
 def search(vram_gib: float, made_up: MadeUp) -> Search:

@@ -39,7 +39,8 @@ class Choice:
 
     Attributes:
         knobs: what it sets of the searched knobs.
-        needed_bytes: of the device, context included.
+        needed_bytes: of the device, context included; what the allocator keeps unused, too.
+        allocated_bytes: the same with live tensors only: with less it must run out of memory.
         pinned_bytes: of the host's memory, pinned.
         least_seconds: a lower bound of the run.
         limited_by: the phase that needs most, and how much.
@@ -50,6 +51,7 @@ class Choice:
 
     knobs: Knobs
     needed_bytes: int
+    allocated_bytes: int
     pinned_bytes: int
     least_seconds: float
     limited_by: str
@@ -231,6 +233,7 @@ class Search:
             choice = Choice(
                 knobs=_chosen(asked),
                 needed_bytes=0,
+                allocated_bytes=0,
                 pinned_bytes=0,
                 least_seconds=bound,
                 limited_by=str(error),
@@ -255,6 +258,7 @@ class Search:
         return Choice(
             knobs=_chosen(job),
             needed_bytes=reserved[highest] + self._context_bytes,
+            allocated_bytes=metrics["memory/peak/allocated_bytes"] + self._context_bytes,
             pinned_bytes=metrics["memory/peak/host_pinned_bytes"],
             least_seconds=bound,
             limited_by=f"{highest} needs most, {format_bytes(reserved[highest] + self._context_bytes)}",

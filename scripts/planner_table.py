@@ -6,8 +6,8 @@
 With `--check` it prints, for each of these answers, two commands for a larger GPU whose allocator is held to what the
 card would leave it: the planner's answer, which has to fit, and of the configurations that it refused though no slower
 the smallest whose live tensors alone are more than the card has, which must not. (One that needs more only with what
-the allocator keeps unused may get by.) Two answers are asked at a time, each by a process of its own; whatever ends this
-loses none that is there, and the same command goes on.
+the allocator keeps unused may get by.) Two answers are asked at a time, each of a process of its own; whatever ends
+this loses none that is there, and the same command goes on.
 """
 
 import argparse

@@ -106,6 +106,11 @@ def test_the_fastest_that_fits_is_found_with_few_estimates(vram_gib: float, knob
     assert not any(one.excess for one in found.others)
 
 
+def test_where_everything_fits_the_runner_up_has_a_component_at_a_time_on_the_card() -> None:
+    found, _ = fastest(24)
+    assert [one.knobs.get("offload") for one in found.others] == [True]
+
+
 def test_what_stays_on_the_card_is_as_much_as_fits() -> None:
     found, _ = fastest(8)
     assert found.best is not None

@@ -161,7 +161,12 @@ class Search:
         self._seen = {}
         knobs = first_tried(job, self._room_bytes)
         everything = None if knobs is None else self._look(knobs, job)
-        best = self._descend(job) if everything is None or everything.excess else everything
+        if everything is None or everything.excess:
+            best = self._descend(job)
+        else:
+            best = everything
+            steps = ladders(job, self._room_bytes)
+            self._look(_together(families[0][0] for families in (steps.denoise, steps.decode) if families), job)
         choices = sorted(self._seen.values(), key=lambda one: (one.least_seconds, -one.needed_bytes))
         fitting = [one for one in choices if not one.excess]
         return Found(

@@ -4,15 +4,19 @@
     python scripts/planner_table.py outputs/planner --check RTX4060-8GB/t2v-14B-720p RTX4090-24GB/t2v-14B-480p
 
 With `--check` it prints, for each of these answers, two commands for a larger GPU whose allocator is held to what the
-card would leave it: the planner's answer, which has to fit, and the smallest that it refused for being larger than the
-card though no slower, which must not. An answer takes minutes; whatever ends this loses none, and the same command
-goes on.
+card would leave it: the planner's answer, which has to fit, and of the configurations that it refused though no slower
+the smallest whose live tensors alone are more than the card has, which must not. (One that needs more only with what
+the allocator keeps unused may get by.) Two answers are asked at a time, each of a process of its own; whatever ends
+this loses none that is there, and the same command goes on.
 """
 
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from wan_sweep.planner.client import ask, margin_of
 from wan_sweep.rules import resolve
 from wan_sweep.schema import Job, text
 from wan_sweep.store import read_json, write_json
-from wan_sweep.units import GIB, format_bytes, format_seconds
+from wan_sweep.units import GIB, format_bytes, format_gib, format_seconds
 
 CARDS = ("RTX4060-8GB", "RTX3060-12GB", "RTX4080-16GB", "RTX4090-24GB", "A100-40GB")
 WORKLOADS: Mapping[str, Mapping[str, Any]] = {
@@ -32,6 +36,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
     "t2v-14B-720p": {"model": "t2v-14B", "size": "1280*720"},
     "i2v-14B-720p": {"model": "i2v-14B", "size": "1280*720"},
 }
+AT_A_TIME = 2
 SHORT = "mode=measure sample_steps=2 save_video=false fidelity=false track=false name=planner_check"
 
 
@@ -40,18 +45,19 @@ def answer(folder: Path, card_name: str, workload: str) -> dict[str, Any]:
     path = folder / f"{card_name}_{workload}.json"
     if path.exists():
         return read_json(path)
+    started = time.monotonic()
     card = card_named(card_name)
-    job = resolve(Job(mode="estimate", card=card_name, precision="bf16").replace(**WORKLOADS[workload]), Machine()).job
-    sys.stderr.write(f"{card_name} {workload}\n")
+    job = resolve(
+        Job(mode="estimate", card=card_name, precision="bf16", kernels="auto").replace(**WORKLOADS[workload]), Machine()
+    ).job
     margin = margin_of(card.device_bytes)
-    said = ask(job, card, vram_bytes=card.device_bytes, margin_bytes=margin, say=_say)
+    said = ask(job, card, vram_bytes=card.device_bytes, margin_bytes=margin, say=lambda _: None)
+    num_seen = len(said["others"]) + len(said["refused"]) + (said["best"] is not None)
+    took = format_seconds(time.monotonic() - started)
+    sys.stderr.write(f"{card_name} {workload}: {num_seen} estimates, {took}\n")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, said)
     return said
-
-
-def _say(words: str) -> None:
-    sys.stderr.write(f"  {words}\n")
 
 
 def words_of(knobs: Mapping[str, Any]) -> str:
@@ -60,32 +66,46 @@ def words_of(knobs: Mapping[str, Any]) -> str:
 
 
 def table(answers: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    """A row for each answer."""
+    """A row for each answer, and rows of what is beside it."""
     lines = [
-        "| card | workload | fastest that fits | needs | of | at least | refused: the smallest that is faster |",
-        "| --- | --- | --- | --: | --: | --: | --- |",
+        "| card | workload | | knobs | needs GiB | limited by | host GiB | at least |",
+        "| --- | --- | --- | --- | --: | --- | --: | --: |",
     ]
     for (card_name, workload), said in answers.items():
-        best, card = said["best"], format_bytes(card_named(card_name).device_bytes)
-        refused = too_large(card_name, said)
-        beyond = f"{words_of(refused['knobs'])}: {format_bytes(refused['needed_bytes'])}" if refused else ""
+        best, refused = said["best"], nearest(said)
+        rows = [] if best is None else [("fastest", best), *(("runner-up", one) for one in said["others"][:1])]
+        rows += [] if refused is None else [("refused", refused)]
+        head = f"| {card_name}, {format_gib(card_named(card_name).device_bytes)} GiB | {workload} "
         if best is None:
-            lines.append(f"| {card_name} | {workload} | nothing | | {card} | | {beyond} |")
-            continue
-        lines.append(
-            f"| {card_name} | {workload} | {words_of(best['knobs']) or 'no saving'} | "
-            f"{format_bytes(best['needed_bytes'])} | {card} | {format_seconds(best['least_seconds'])} | {beyond} |"
-        )
+            lines.append(f"{head}| nothing | | | | | |")
+            head = "| | "
+        for mark, one in rows:
+            phase = one["limited_by"].partition(" needs most")[0]
+            host, seconds = format_gib(one["pinned_bytes"]), format_seconds(one["least_seconds"])
+            words = words_of(one["knobs"]) or "no saving"
+            lines.append(
+                f"{head}| {mark} | {words} | {format_gib(one['needed_bytes'])} | {phase} | {host} | {seconds} |"
+            )
+            head = "| | "
     return lines
 
 
+def _no_slower(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was refused for its size though its lower bound of time is no higher than that of the answer."""
+    slowest = float("inf") if said["best"] is None else said["best"]["least_seconds"]
+    return [one for one in said["refused"] if one["needed_bytes"] and one["least_seconds"] <= slowest]
+
+
+def nearest(said: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of these the smallest."""
+    return min(_no_slower(said), key=lambda one: int(one["needed_bytes"]), default=None)
+
+
 def too_large(card_name: str, said: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of what was refused and is larger than the whole card, the smallest that is no slower than the answer."""
+    """Of these the smallest that must run out of memory on the card."""
     card_bytes = card_named(card_name).device_bytes
-    best = said["best"]
-    slowest = float("inf") if best is None else best["least_seconds"]
-    larger = [one for one in said["refused"] if one["needed_bytes"] > card_bytes and one["least_seconds"] <= slowest]
-    return min(larger, key=lambda one: int(one["needed_bytes"]), default=None)
+    larger = [one for one in _no_slower(said) if one["allocated_bytes"] > card_bytes]
+    return min(larger, key=lambda one: int(one["allocated_bytes"]), default=None)
 
 
 def commands(card_name: str, workload: str, said: Mapping[str, Any]) -> list[str]:
@@ -95,7 +115,13 @@ def commands(card_name: str, workload: str, said: Mapping[str, Any]) -> list[str
     lines = []
     for one, expected in ((said["best"], "fits"), (too_large(card_name, said), "does not fit")):
         if one is not None:
-            knobs = {**WORKLOADS[workload], "precision": "bf16", **one["knobs"], "memory_limit_gib": round(limit, 3)}
+            knobs = {
+                **WORKLOADS[workload],
+                "precision": "bf16",
+                "kernels": "fused",
+                **one["knobs"],
+                "memory_limit_gib": round(limit, 3),
+            }
             asked = shlex.join(["python", "-m", "wan_sweep", *SHORT.split(), *words_of(knobs).split()])
             lines.append(f"{asked}  # {expected}: {card_name}, {format_bytes(one['needed_bytes'])}")
     return lines
@@ -113,7 +139,10 @@ def main() -> int:
             card_name, _, workload = one.partition("/")
             lines += commands(card_name, workload, answer(asked.folder, card_name, workload))
     else:
-        lines = table({(card, load): answer(asked.folder, card, load) for card in CARDS for load in WORKLOADS})
+        questions = list(product(CARDS, WORKLOADS))
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            answers = pool.map(lambda question: answer(asked.folder, *question), questions)
+        lines = table(dict(zip(questions, answers, strict=True)))
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

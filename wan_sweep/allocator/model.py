@@ -36,6 +36,11 @@ class Allocator(Layout):
         self._free: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         self._next_address = 1 << 40
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a most that may be reserved."""
+        return self._capacity_bytes is not None
+
     def malloc(self, requested_bytes: int, stream: int = 0) -> Block:
         """Serves a request of at least one byte (rules 1 to 8).
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,12 @@ _BACKENDS: Mapping[Attention, SDPBackend] = {
 }
 
 aten: Any = torch.ops.aten
+_DEVICE: Any = torch.Tensor.device.__get__
+
+
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is; of a fake one without asking torch, which sends the question through all modes."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def attention_kernel(query: torch.Tensor, card: Card) -> Attention:
@@ -61,6 +68,7 @@ class CudaChoices(TorchFunctionMode):
             functional.scaled_dot_product_attention: self._attention,
             functional.rms_norm: self._rms_norm,
             functional.linear: self._linear,
+            _DEVICE: device_of,
             torch._fused_sdp_choice: self._fused_choice,  # noqa: SLF001 # by which wan21 calls a kernel by its name
         }
 
@@ -72,7 +80,7 @@ class CudaChoices(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         choice = self._choices.get(func)
-        if choice is None or args[0].device != self._device:
+        if choice is None or device_of(args[0]) != self._device:
             return func(*args, **(kwargs or {}))
         return choice(*args, **(kwargs or {}))
 

@@ -59,7 +59,14 @@ class Give:
     number: int
 
 
-Event = Take | Give
+@dataclass(frozen=True, slots=True)
+class Consider:
+    """An event: a kernel may take so much more just now."""
+
+    num_bytes: int
+
+
+Event = Take | Give | Consider
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,11 @@ class DeviceMemory:
         self._last_layout: Layout | None = None
         self._label: Holding | None = None
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether it may be used up."""
+        return self._allocator.is_limited
+
     @contextmanager
     def at(self, place: Place) -> Iterator[None]:
         """What is taken inside is labelled with this place."""
@@ -172,6 +184,11 @@ class DeviceMemory:
         for listener in self.listeners:
             listener(Give(number))
 
+    def rename(self, numbers: Mapping[int, int]) -> None:
+        """Gives holdings other numbers: those of holdings that have ended."""
+        self._addresses = {numbers.get(number, number): value for number, value in self._addresses.items()}
+        self._holdings = {numbers.get(number, number): value for number, value in self._holdings.items()}
+
     def _note_height(self, operation: str) -> None:
         allocated, phase = self._allocator.allocated_bytes, self.place.phase
         if allocated > self._highest.get(phase, 0):
@@ -194,6 +211,10 @@ class DeviceMemory:
 
     def consider(self, num_bytes: int) -> None:
         """Notes that a kernel may take so much more just now."""
+        if not num_bytes:
+            return
+        for listener in self.listeners:
+            listener(Consider(num_bytes))
         possible = self._allocator.allocated_bytes + num_bytes
         phase = self.place.phase
         self._possible[phase] = max(possible, self._possible.get(phase, 0))
@@ -234,8 +255,11 @@ class DeviceMemory:
         numbers: dict[int, int] = {}
         try:
             for event in events:
-                if not isinstance(event, Take):
+                if isinstance(event, Give):
                     self.give(numbers.pop(event.number))
+                    continue
+                if isinstance(event, Consider):
+                    self.consider(event.num_bytes)
                     continue
                 self.stream = event.stream
                 holding = replace(event.holding, place=self.place)

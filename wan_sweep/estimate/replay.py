@@ -17,7 +17,7 @@ from torch import nn
 from wan21.dit.layers import Slicing
 from wan21.dit.residual import Windowed
 from wan21.dit.tokens import Tokens
-from wan_sweep.estimate.memory import DeviceMemory, Event, Repetition, Take
+from wan_sweep.estimate.memory import DeviceMemory, Event, Give, Repetition, Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,5 +192,5 @@ def _signature(value: object) -> object:
 def _lasting(events: list[Event]) -> set[int] | None:
     """The holdings that have come and not gone; None if something has gone that was there before."""
     taken = {event.number for event in events if isinstance(event, Take)}
-    given = {event.number for event in events if not isinstance(event, Take)}
+    given = {event.number for event in events if isinstance(event, Give)}
     return taken - given if given <= taken else None

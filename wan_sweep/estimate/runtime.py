@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 from wan21.runtime import Mark, Memory, Runtime, Stream, whole_pages
-from wan21.vae.plan import DecodePlan, Tile
+from wan21.vae.plan import DecodePlan
 from wan_sweep.cards import Card
+from wan_sweep.estimate.frames import Frames, Shortened
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import DeviceMemory
 from wan_sweep.estimate.replay import Replays
 
 P = TypeVar("P")
-
-FIRST_FRAMES = 20
-"""From the third on the layers' pasts are as long as ever; from some twentieth on tensors lie where they will."""
 
 
 class _Generator(torch.Generator):
@@ -60,30 +58,6 @@ class _Stream(Stream):
 
     def wait(self, mark: Mark) -> None:
         """Nothing takes time here."""
-
-
-class Shortened(DecodePlan):
-    """A plan that goes through a tile of each kind, the first latent frames of it and the last one.
-
-    Frames between allocate what the third does, and tiles of one kind all the same. But where tensors lie settles only
-    after many frames, so all of 81 frames' latents are gone through, and of longer videos as many and the last.
-    """
-
-    def latent_frames(self, num_frames: int) -> Iterable[int]:
-        first = range(min(num_frames, FIRST_FRAMES))
-        return first if num_frames <= FIRST_FRAMES else (*first, num_frames - 1)
-
-    def tiles(self, every: Iterable[Tile]) -> Iterable[Tile]:
-        seen = set()
-        for tile in every:
-            crops, layers = tile.crops(), tile.rows.windows
-            kind = (
-                *(len(side) for side in (tile.rows.features, tile.cols.features, tile.rows.pixels, tile.cols.pixels)),
-                *(str(crops.of(layer)) for layer in layers),
-            )
-            if kind not in seen:
-                seen.add(kind)
-                yield tile
 
 
 class EstimatingRuntime(Runtime):
@@ -184,6 +158,9 @@ class EstimatingRuntime(Runtime):
         if not self._replays.is_on or not isinstance(plan, DecodePlan):
             return plan
         shortened = Shortened(
-            num_tile_rows=plan.num_tile_rows, num_tile_cols=plan.num_tile_cols, frames_at_once=plan.frames_at_once
+            num_tile_rows=plan.num_tile_rows,
+            num_tile_cols=plan.num_tile_cols,
+            frames_at_once=plan.frames_at_once,
+            frames=None if self._memory.is_limited else Frames(self._memory),  # which may end in the middle of a frame
         )
         return cast("P", shortened)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_sweep.cards import Card
+from wan_sweep.estimate.choices import device_of
 from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
 from wan_sweep.estimate.memory import DeviceMemory, Holding
 
@@ -79,13 +80,13 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         if any(one is not FakeTensor for one in types):
             return NotImplemented  # such as a DTensor: it comes again as what its parts make of it
         if func is DEVICE:  # asked of every tensor all the time
-            return args[0].device
+            return device_of(args[0])
         kernel = self._kernels.get(func)
         if func.namespace not in KNOWN_NAMESPACES:
             self._memory.unknown_operations.add(str(func))
         elif func.namespace == OURS and not func._schema.returns:  # noqa: SLF001 # the only way to see it
             return None  # it writes where it is told to, and here there is nothing to write
-        if kernel is None or args[0].device != self._device:
+        if kernel is None or device_of(args[0]) != self._device:
             out = func(*args, **(kwargs or {}))
             self._see_all(out, func)
             return out
@@ -104,7 +105,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
 
     def _see_all(self, out: Any, func: Any) -> None:  # noqa: ANN401
         for tensor in _tensors(out):
-            if tensor.device == self._device:
+            if device_of(tensor) == self._device:
                 self._see(tensor, func)
 
     def _see(self, tensor: torch.Tensor, func: Any) -> None:  # noqa: ANN401

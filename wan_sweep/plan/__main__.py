@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -85,7 +86,7 @@ def _plan(values: dict[str, Any], console: Console) -> int:
         card = nearest_card(vram_bytes)
     margin_bytes = margin_of(vram_bytes) if margin_gib is None else int(margin_gib * GIB)
     checked = {name: convert.value_of(KNOBS[name], value) for name, value in values.items()}
-    one = resolve(Job(mode="estimate").replace(**{**checked, "card": card.name}), Machine())
+    one = resolve(Job(mode="estimate", kernels="auto").replace(**{**checked, "card": card.name}), Machine())
     if one.refusal:
         raise UsageError(one.refusal)
     what = f"{one.job.model} {one.job.size}" + ("" if largest == "frame_num" else f", {one.job.frame_num} frames")
@@ -94,14 +95,16 @@ def _plan(values: dict[str, Any], console: Console) -> int:
         f"kernels and times as on the {card.name}",
         soft_wrap=True,
     )
-    answer = ask(
-        one.job,
-        card,
-        vram_bytes=vram_bytes,
-        margin_bytes=margin_bytes,
-        largest=largest,
-        say=lambda words: console.print(Text(f"  {words}", style="dim"), soft_wrap=True),
-    )
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("estimate 1, of mostly 4 to 10", total=None)  # how many it takes nobody knows
+
+        def say(words: str) -> None:
+            console.print(Text(f"  {words}", style="dim"), soft_wrap=True)
+            progress.update(bar, advance=1)
+            progress.update(bar, description=f"estimate {int(progress.tasks[0].completed) + 1}, of mostly 4 to 10")
+
+        answer = ask(one.job, card, vram_bytes=vram_bytes, margin_bytes=margin_bytes, largest=largest, say=say)
     return _show(answer, vram_bytes, largest, console)
 
 
@@ -118,16 +121,21 @@ def _show(answer: Mapping[str, Any], vram_bytes: int, largest: str | None, conso
     fitting = [best, *answer["others"]]
     front = pareto_front([(one["needed_bytes"], one["least_seconds"]) for one in fitting])
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for title in ("", "configuration", "needs GiB", "at least", "limited by"):
-        table.add_column(title, justify="right" if title in {"needs GiB", "at least"} else "left")
+    for title in ("", "configuration", "needs GiB", "host GiB", "at least", "limited by"):
+        table.add_column(
+            title, overflow="fold", justify="right" if title in {"needs GiB", "host GiB", "at least"} else "left"
+        )
     for number, one in enumerate(fitting):
-        mark = "fastest" if number == 0 else "less memory" if number in front else "dominated"
+        takes_less = number in front and one["needed_bytes"] < best["needed_bytes"]
+        mark = "fastest" if number == 0 else "less memory" if takes_less else "dominated"
         table.add_row(mark, *_cells(one))
     for one in answer["refused"]:
         table.add_row("does not fit", *_cells(one))
     console.print(table)
     typed = " ".join(f"{name}={text(value)}" for name, value in best["knobs"].items())
-    asked = " ".join(f"'{name}={text(workload[name])}'" for name in ("model", "size", "frame_num", "precision"))
+    asked = " ".join(
+        f"'{name}={text(workload[name])}'" for name in ("model", "size", "frame_num", "precision", "kernels")
+    )
     console.print(f"\npython -m wan_sweep {asked} {typed}", soft_wrap=True, markup=False)
     return 0
 
@@ -135,7 +143,8 @@ def _show(answer: Mapping[str, Any], vram_bytes: int, largest: str | None, conso
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     words = " ".join(f"{name}={text(value)}" for name, value in one["knobs"].items()) or "defaults"
     needs = format_gib(one["needed_bytes"]) if one["needed_bytes"] else "-"
-    return words, needs, format_seconds(one["least_seconds"]), one["limited_by"]
+    host = format_gib(one["pinned_bytes"]) if one["needed_bytes"] else "-"
+    return words, needs, host, format_seconds(one["least_seconds"]), one["limited_by"].partition(" needs most")[0]
 
 
 if __name__ == "__main__":

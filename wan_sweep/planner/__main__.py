@@ -11,6 +11,8 @@ from wan_sweep.estimate.predict import estimate
 from wan_sweep.planner.search import Found, Search
 from wan_sweep.schema import Job
 
+ROOM_FOR_EVERYTHING_BYTES = 1 << 50
+
 
 def tell(values: dict[str, Any]) -> None:
     """Writes a line."""
@@ -21,13 +23,14 @@ def tell(values: dict[str, Any]) -> None:
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Searches."""
     card = card_named(question["card"])
-    card = dataclasses.replace(card, device_bytes=max(card.device_bytes, question["vram_bytes"]))
+    # An estimate says what is needed; whether that fits is judged by the search, so it need not be gone through twice.
+    roomy = dataclasses.replace(card, device_bytes=ROOM_FOR_EVERYTHING_BYTES)
     search = Search(
         card,
         vram_bytes=question["vram_bytes"],
         margin_bytes=question["margin_bytes"],
         context_bytes=row_for(card)[0].context_bytes,
-        estimate=lambda job: estimate(job, card),
+        estimate=lambda job: estimate(job, roomy),
         say=lambda words: tell({"said": words}),
     )
     job = Job.from_dict(question["job"])

@@ -1,14 +1,25 @@
 """Goes down the ladders until every phase fits, with as few estimates as that takes. No torch in here."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, product
 from typing import Any
 
 from wan21.errors import UsageError
 from wan_sweep.build import build_spec
 from wan_sweep.cards import Card
-from wan_sweep.planner.ladder import SEARCHED, Knobs, bounds_of, ladders, smallest
+from wan_sweep.planner.ladder import (
+    BESIDE_BUDGET_BYTES,
+    SEARCHED,
+    Family,
+    Knobs,
+    Rung,
+    bounds_of,
+    first_tried,
+    ladders,
+    smallest,
+)
 from wan_sweep.schema import KNOBS, Job, text
 from wan_sweep.units import format_bytes
 
@@ -17,7 +28,9 @@ Estimate = Callable[[Job], Mapping[str, Any]]
 
 MOST_FRAMES = 1025
 _TIME_STRIDE = 4
-_OF_DENOISING = ("load", "encode_text", "denoise")
+_OF_T5 = ("load", "encode_text")
+"""Phases that nothing but the load strategy makes smaller."""
+_DENOISE, _DECODE = (*_OF_T5, "denoise"), ("encode_image", "decode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +39,29 @@ class Choice:
 
     Attributes:
         knobs: what it sets of the searched knobs.
-        needed_bytes: of the device, context included.
+        needed_bytes: of the device, context included; what the allocator keeps unused, too.
+        allocated_bytes: the same with live tensors only: with less it must run out of memory.
+        pinned_bytes: of the host's memory, pinned.
         least_seconds: a lower bound of the run.
         limited_by: the phase that needs most, and how much.
+        needs: of the allocator, by phase; empty where it cannot be at all.
         excess: phases that do not fit, with what they need of the allocator.
         refusal: why it cannot be at all, such as a budget that no tile fits into.
     """
 
     knobs: Knobs
     needed_bytes: int
+    allocated_bytes: int
+    pinned_bytes: int
     least_seconds: float
     limited_by: str
+    needs: Mapping[str, int] = field(default_factory=dict)
     excess: Mapping[str, int] = field(default_factory=dict)
     refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For whoever asked."""
-        return {**self.__dict__, "knobs": dict(self.knobs), "excess": dict(self.excess)}
+        return {**self.__dict__, **{name: dict(getattr(self, name)) for name in ("knobs", "needs", "excess")}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +81,50 @@ class Found:
             "refused": [one.to_json() for one in self.refused],
             "workload": dict(self.workload),
         }
+
+
+Steps = Generator[Rung, Choice, Rung | None]
+"""Asks for rungs, is told what was found with each, and ends with the first that fits."""
+
+
+def _down(families: Sequence[Family], room_bytes: int, phases: Sequence[str]) -> Steps:
+    """The first rung of a ladder with which these phases fit, family by family."""
+    hopeless: set[object] = set()
+    for family in families:
+        strategy = family[0].knobs.get("load_strategy")
+        if strategy is not None and strategy in hopeless:
+            continue
+        rung, last_needs = yield from _within(family, room_bytes, phases)
+        if rung is not None:
+            return rung
+        if any(last_needs.get(phase, 0) > room_bytes for phase in _OF_T5):
+            hopeless.add(strategy)
+    return None
+
+
+def _within(
+    family: Family, room_bytes: int, phases: Sequence[str]
+) -> Generator[Rung, Choice, tuple[Rung | None, Mapping[str, int]]]:
+    """The first of a family with which these phases fit, or None; and what the rung seen last needs.
+
+    Rungs need ever less, so where one does not fit, none before it does. What one was found to need tells where to
+    look next; it ends only when a rung fits and the one before it was seen not to.
+    """
+    too_large, small, beside = -1, len(family), BESIDE_BUDGET_BYTES
+    found, needs = None, dict[str, int]()
+    while small - too_large > 1:
+        between = range(too_large + 1, small)
+        likely = next((at for at in between if family[at].about_bytes + beside <= room_bytes), between[-1])
+        seen = yield family[likely]
+        needs = dict(seen.needs)
+        need = max(needs.get(phase, 0) for phase in phases)
+        if need > room_bytes:
+            too_large = likely
+        else:  # or too small to work at all, and smaller ones would be, too
+            small, found = likely, None if seen.refusal else family[likely]
+        if not seen.refusal:
+            beside = need - family[likely].about_bytes
+    return found, needs
 
 
 class Search:
@@ -96,17 +159,21 @@ class Search:
     def fastest(self, job: Job) -> Found:
         """The fastest configuration of a job that fits."""
         self._seen = {}
-        everything = self._look({}, job)
-        best = everything if not everything.excess else self._descend(job)
-        if best is not None:
-            self._look_beside(best, job)
+        knobs = first_tried(job, self._room_bytes)
+        everything = None if knobs is None else self._look(knobs, job)
+        if everything is None or everything.excess:
+            best = self._descend(job)
+        else:
+            best = everything
+            steps = ladders(job, self._room_bytes)
+            self._look(_together(families[0][0] for families in (steps.denoise, steps.decode) if families), job)
         choices = sorted(self._seen.values(), key=lambda one: (one.least_seconds, -one.needed_bytes))
         fitting = [one for one in choices if not one.excess]
         return Found(
             best=best,
             others=tuple(one for one in fitting if one is not best),
             refused=tuple(one for one in choices if one.excess),
-            workload={name: getattr(job, name) for name in ("model", "size", "frame_num", "precision")},
+            workload={name: getattr(job, name) for name in ("model", "size", "frame_num", "precision", "kernels")},
         )
 
     def largest(self, job: Job, what: str) -> Job | None:
@@ -123,51 +190,41 @@ class Search:
         return not self._look(smallest(ladders(job, self._room_bytes), self._room_bytes), job).excess
 
     def _descend(self, job: Job) -> Choice | None:
-        """Takes the next rung of each phase that does not fit."""
+        """Goes down both ladders at once, for an estimate tells of all phases; then looks at what is beside the best.
+
+        Beside it are the next faster rung of each ladder, which does not fit, and the next slower one.
+        """
         steps = ladders(job, self._room_bytes)
-        if job.offload != KNOBS["offload"].default and not job.offload:
+        both = (steps.denoise, steps.decode)
+        walks = [
+            _down(families, self._room_bytes, phases)
+            for families, phases in zip(both, (_DENOISE, _DECODE), strict=True)
+        ]
+        rungs: list[Rung | None] = [next(walk, None) for walk in walks]
+        walking = [rung is not None for rung in rungs]
+        while any(walking) and None not in rungs:
+            choice = self._look(_together(rungs), job)
+            # What is refused says nothing of denoising.
+            for number in [number for number in (0, 1) if walking[number] and (number or not choice.refusal)]:
+                try:
+                    rungs[number] = walks[number].send(choice)
+                except StopIteration as end:
+                    rungs[number], walking[number] = end.value, False
+        every = [list(chain.from_iterable(families)) for families in both]
+        ats = [flat.index(rung) for flat, rung in zip(every, rungs, strict=True) if rung is not None]
+        if len(ats) < len(every):
+            self._fits_least(job)  # so that whoever asked hears what it takes at the least
             return None
-        denoise, decode = 0, 0
-        while denoise < len(steps.denoise) and decode < len(steps.decode):
-            choice = self._look({"offload": True, **steps.denoise[denoise], **steps.decode[decode]}, job)
-            if not choice.excess:
-                return choice
-            if any(phase in choice.excess for phase in _OF_DENOISING):
-                denoise = self._next(steps.denoise, denoise, choice, _OF_DENOISING)
-                while "denoise" not in choice.excess and denoise < len(steps.denoise):
-                    here = steps.denoise[denoise]  # slices do not help where T5 or a load is what does not fit
-                    if "attention_slicing" not in here:
-                        break
-                    denoise += 1
-            if "decode" in choice.excess:
-                decode = self._next(steps.decode, decode, choice, ("decode",))
-        return None
-
-    def _next(self, rungs: Sequence[Knobs], index: int, choice: Choice, phases: Sequence[str]) -> int:
-        """The next rung that may fit: one that keeps so many GiB less on the card as there are too many."""
-        excess = max(need - self._room_bytes for phase, need in choice.excess.items() if phase in phases)
-        here = rungs[index]
-        for number in range(index + 1, len(rungs)):
-            there = rungs[number]
-            if choice.refusal and "vae_budget_gib" in here and here.get("vae_precision") == there.get("vae_precision"):
-                continue  # a smaller budget is refused, too
-            is_same_but_kept = "resident_gib" in here and {**here, "resident_gib": 0} == {**there, "resident_gib": 0}
-            if is_same_but_kept:
-                freed = (float(here["resident_gib"] or 0) - float(there["resident_gib"] or 0)) * 2**30
-                if freed < min(excess, float(here["resident_gib"] or 0) * 2**30):
-                    continue
-            return number
-        return len(rungs)
-
-    def _look_beside(self, best: Choice, job: Job) -> None:
-        """Two runners-up: the next rung of each ladder."""
-        steps = ladders(job, self._room_bytes)
-        for rungs in (steps.denoise, steps.decode):
-            numbers = [number for number, knobs in enumerate(rungs) if knobs.items() <= best.knobs.items()]
-            after = numbers[-1] + 1 if numbers else 0
-            if after < len(rungs):
-                cleared = {name: KNOBS[name].default for knobs in rungs for name in knobs}
-                self._look({**best.knobs, **cleared, "offload": True, **rungs[after]}, job)
+        while (best := self._look(_together(flat[at] for flat, at in zip(every, ats, strict=True)), job)).excess:
+            for number in {int(phase not in _DENOISE) for phase in best.excess}:  # phases did depend on each other
+                ats[number] += 1
+                if ats[number] == len(every[number]):
+                    return None
+        for number, step in product((0, 1), (-1, 1)):
+            beside = [at + step * (one == number) for one, at in enumerate(ats)]
+            if 0 <= beside[number] < len(every[number]):
+                self._look(_together(flat[at] for flat, at in zip(every, beside, strict=True)), job)
+        return best
 
     def _look(self, knobs: Knobs, job: Job) -> Choice:
         asked = job.replace(**knobs)
@@ -181,6 +238,8 @@ class Search:
             choice = Choice(
                 knobs=_chosen(asked),
                 needed_bytes=0,
+                allocated_bytes=0,
+                pinned_bytes=0,
                 least_seconds=bound,
                 limited_by=str(error),
                 excess={"decode": self._room_bytes},
@@ -199,14 +258,26 @@ class Search:
             for name, num_bytes in metrics.items()
             if name.startswith("memory/peak/") and name.endswith("/reserved_bytes") and name.count("/") == 3
         }
+        reserved.pop("save", None)  # where nothing is taken any more
         highest = max(reserved, key=lambda phase: reserved[phase])
         return Choice(
             knobs=_chosen(job),
             needed_bytes=reserved[highest] + self._context_bytes,
+            allocated_bytes=metrics["memory/peak/allocated_bytes"] + self._context_bytes,
+            pinned_bytes=metrics["memory/peak/host_pinned_bytes"],
             least_seconds=bound,
             limited_by=f"{highest} needs most, {format_bytes(reserved[highest] + self._context_bytes)}",
-            excess={phase: need for phase, need in reserved.items() if need > self._room_bytes and phase != "save"},
+            needs=reserved,
+            excess={phase: need for phase, need in reserved.items() if need > self._room_bytes},
         )
+
+
+def _together(rungs: Iterable[Rung | None]) -> Knobs:
+    """With a rung of each ladder one component at a time is on the card."""
+    knobs: dict[str, Any] = {"offload": True}
+    for rung in rungs:
+        knobs |= {} if rung is None else rung.knobs
+    return knobs
 
 
 def _chosen(job: Job) -> dict[str, Any]:

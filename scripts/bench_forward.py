@@ -27,13 +27,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from wan21.assets import open_assets
 from wan21.components import Components
-from wan21.config import ModelSpec, Options, Request, make_request, model_spec
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.opening import Opening
 from wan21.events import SILENT
 from wan21.guidance import guided
 from wan21.memory.slicing import choose_query_slices, choose_rows
+from wan21.models import ModelSpec, model_spec
+from wan21.options import Options
 from wan21.parallel.world import ALONE
+from wan21.request import Request, make_request
 from wan21.runtime import Runtime, make_runtime
 from wan_sweep.report.cells import Column
 from wan_sweep.report.markdown import table

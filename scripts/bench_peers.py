@@ -29,8 +29,10 @@ from typing import Any, Self
 import peer_diffusers
 from peer_results import THEIRS, Result, figures, ratio_columns, ratios
 
-from wan21.config import MODELS, PRECISIONS, make_request, model_spec
 from wan21.errors import WanError
+from wan21.models import MODELS, model_spec
+from wan21.options import PRECISIONS
+from wan21.request import make_request
 from wan_sweep.environment import describe, read_machine
 from wan_sweep.errors import RecordError, UsageError
 from wan_sweep.report.markdown import table

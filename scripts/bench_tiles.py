@@ -22,10 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from wan21.assets import open_assets
 from wan21.components import DTYPES, Components
-from wan21.config import Options, make_request, model_spec
 from wan21.decoding import decode, departures
 from wan21.events import SILENT
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.parallel.world import ALONE
+from wan21.request import make_request
 from wan21.runtime import Runtime, make_runtime
 from wan21.vae import Budget, DecodePlan, Vae
 from wan21.vae.warm_up import warm_up

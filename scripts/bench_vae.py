@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wan21.config import WAN_VAE
 from wan21.kernels.vae_blocks import Blocks, blocks_for, candidates, fits_one_program
 from wan21.kernels.vae_ops import is_tf32, to_tf32
+from wan21.models import WAN_VAE
 from wan21.runtime import Runtime, make_runtime
 from wan21.vae import WHOLE, Budget, DecodePlan, Vae
 from wan21.vae.warm_up import warm_up

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from wan21.config import MODELS, model_spec
 from wan21.errors import WanError
+from wan21.models import MODELS, model_spec
 from wan21.runtime import CpuRuntime
 from wan21.weights.inspect import inspect_folder
 from wan21.weights.random import RandomWeights

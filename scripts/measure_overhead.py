@@ -22,9 +22,11 @@ from contextlib import contextmanager, suppress
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from wan21.config import LOAD_STRATEGIES, MODELS, PRECISIONS, Options, Request, make_request, model_spec
 from wan21.errors import WanError
 from wan21.events import SILENT, Observer, Span
+from wan21.models import MODELS, model_spec
+from wan21.options import LOAD_STRATEGIES, PRECISIONS, Options
+from wan21.request import Request, make_request
 from wan_sweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

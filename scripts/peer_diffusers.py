@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from wan21.config import MODELS, NUM_TRAIN_TIMESTEPS, ModelSpec, Request, make_request, model_spec
+from wan21.models import MODELS, ModelSpec, model_spec
+from wan21.request import NUM_TRAIN_TIMESTEPS, Request, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

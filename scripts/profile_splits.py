@@ -23,8 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from wan21.config import MODELS, Options, make_request, model_spec
 from wan21.layout import SINGLE, Layout
+from wan21.models import MODELS, model_spec
+from wan21.options import Options
+from wan21.request import make_request
 from wan_sweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

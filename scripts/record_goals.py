@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from wan21.config import MODELS, DitConfig
+from wan21.models import MODELS, DitConfig
 from wan21.shapes import VideoShape, parse_size
 from wan_sweep.errors import RecordError
 from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, STEP_SECONDS, Row, read_sheet

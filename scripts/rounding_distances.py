@@ -23,10 +23,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan21.assets import Assets
-from wan21.config import MODELS, ModelSpec, Options, Request, make_request, model_spec
 from wan21.dit.model import Dit
 from wan21.errors import WanError
+from wan21.models import MODELS, ModelSpec, model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import Request, make_request
 from wan21.runtime import Runtime, make_runtime
 from wan21.text.tokenizer import Tokenizer
 from wan21.weights.components import Source

@@ -2,9 +2,11 @@
 
 from typing import Literal, cast
 
-from wan21.config import AttentionKernel, Kernels, ModelSpec, Options, Request, make_request, model_spec
 from wan21.layout import Layout
+from wan21.models import ModelSpec, model_spec
+from wan21.options import AttentionKernel, Kernels, Options
 from wan21.prompt.settings import PromptExtension, make_prompt_extension
+from wan21.request import Request, make_request
 from wan21.sources import Sources, frame_sources
 from wan_sweep.schema import Job
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from wan_sweep.build import build_extension, build_spec
 
 if TYPE_CHECKING:
-    from wan21.config import Request
     from wan21.events import Observer
     from wan21.parallel.world import World
     from wan21.prompt.settings import PromptExtension
+    from wan21.request import Request
     from wan21.runtime import Runtime
     from wan_sweep.schema import Job
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from wan21.config import ModelSpec, Request, check_capability, check_device, model_spec
 from wan21.errors import WanError
 from wan21.layout import Layout
+from wan21.models import ModelSpec, model_spec
+from wan21.options import check_capability, check_device
 from wan21.parallel.layout import check_layout
+from wan21.request import Request
 from wan21.waiting import check_host_budget, check_host_room
 from wan_sweep.build import build_extension, build_layout, build_options, build_request
 from wan_sweep.cards import DEFAULT_CARD, card_like, card_named

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from wan21.config import MODELS, AttentionKernel, Kernels, LinearFormat, LoadStrategy, Precision, Solver
+from wan21.models import MODELS
+from wan21.options import AttentionKernel, Kernels, LinearFormat, LoadStrategy, Precision
 from wan21.prompt.settings import Language, Method
+from wan21.request import Solver
 from wan_sweep.cards import CARDS, DEFAULT_CARD
 
 Scalar = str | int | float | bool | None

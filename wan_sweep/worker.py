@@ -50,10 +50,12 @@ from wan_sweep.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from wan21.assets import Assets
-    from wan21.config import ModelSpec, Options, Request
     from wan21.events import Observer, Span
+    from wan21.models import ModelSpec
+    from wan21.options import Options
     from wan21.parallel.world import World
     from wan21.pipeline import Generation
+    from wan21.request import Request
     from wan21.runtime import Runtime
     from wan_sweep.measure.recorder import Recorder
 
@@ -247,7 +249,7 @@ def measure(folder: Path, assignment: dict[str, Any], events: TextIO, place: Pla
     stage = Stage.set_up(folder, assignment, place)
     job, runtime = stage.job, stage.runtime
     assets = stage.open_assets()
-    from wan21.config import idle_knobs
+    from wan21.options import idle_knobs
     from wan21.sources import described
 
     result: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from wan21.config import ModelSpec, Options
+from wan21.models import ModelSpec
+from wan21.options import Options
 from wan21.runtime import Runtime
 from wan21.text.tokenizer import Tokenizer
 from wan21.weights.checkpoint import CheckpointWeights

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own customary name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan21.config import FA3_KERNELS, AttentionKernel
 from wan21.errors import UsageError
 from wan21.kernels import fp8
+from wan21.options import FA3_KERNELS, AttentionKernel
 
 Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From q [B, Lq, N, K], k and v [B, Lk, N, K] of one dtype to softmax(q k^T / sqrt(K)) v, [B, Lq, N * K]."""
@@ -146,7 +146,7 @@ _KERNELS_WITH_LSE: dict[AttentionKernel, AttentionWithLse] = {
 
 
 def choose_attention(name: AttentionKernel) -> Attention:
-    """The kernel of that name; `wan21.config` says on which devices it can compute what.
+    """The kernel of that name; `wan21.options` says on which devices it can compute what.
 
     Raises:
         UsageError: its package is missing.
@@ -160,5 +160,5 @@ def choose_attention(name: AttentionKernel) -> Attention:
 
 
 def choose_attention_with_lse(name: AttentionKernel) -> AttentionWithLse:
-    """The kernel of that name, telling its denominator; `wan21.config.Options` says which of them do."""
+    """The kernel of that name, telling its denominator; `wan21.options.Options` says which of them do."""
     return _KERNELS_WITH_LSE[name]

@@ -10,7 +10,6 @@ from torch import nn
 
 from wan21.attention import choose_attention
 from wan21.clip.model import ImageEncoder
-from wan21.config import ModelSpec, Options, check_capability, check_device
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit
@@ -22,6 +21,8 @@ from wan21.kernels.fp8 import FP8
 from wan21.memory.parked import Parked, keep_on_host, parameters_below
 from wan21.memory.reading import HostBudget
 from wan21.memory.streaming import StreamPlan, Unit, stream
+from wan21.models import ModelSpec
+from wan21.options import Options, check_capability, check_device
 from wan21.parallel.table import own_rows, share_table
 from wan21.parallel.world import World
 from wan21.parts import InParts, all_in_parts

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from wan21.config import ModelSpec, Request
+from wan21.models import ModelSpec
+from wan21.request import Request
 from wan21.shapes import TEMPORAL_STRIDE, VideoShape
 from wan21.sources import read_frames
 from wan21.vae.vae import Pixels

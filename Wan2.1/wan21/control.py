@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from wan21.config import ModelSpec, Request
 from wan21.errors import UsageError
 from wan21.excerpts import choose_excerpt
+from wan21.models import ModelSpec
 from wan21.pictures import read_picture
+from wan21.request import Request
 from wan21.shapes import SPATIAL_STRIDE, VideoShape, parse_size
 from wan21.videos import read_frames
 

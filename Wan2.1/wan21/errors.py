@@ -31,3 +31,13 @@ class MissingPackageError(WanError, ImportError):
     """A choice needs a package that is not installed; the message names the extra."""
 
     exit_code = 4
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not among the allowed ones.
+
+    Raises:
+        UsageError: names the value and what is allowed.
+    """
+    if value not in allowed:
+        raise UsageError(f"{name}={value} is not known; choose {', '.join(allowed)}")

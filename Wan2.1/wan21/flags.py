@@ -12,20 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wan21.config import (
-    LOAD_STRATEGIES,
-    MODELS,
-    PRECISIONS,
-    SOLVERS,
-    ModelSpec,
-    Options,
-    Request,
-    make_request,
-    model_spec,
-)
 from wan21.errors import UsageError
+from wan21.models import MODELS, ModelSpec, model_spec
+from wan21.options import LOAD_STRATEGIES, PRECISIONS, Options
 from wan21.parallel.layout import Layout, check_layout
 from wan21.prompt.settings import LANGUAGES, METHODS, PromptExtension, make_prompt_extension
+from wan21.request import SOLVERS, Request, make_request
 from wan21.sources import Sources, frame_sources
 
 TRUE_WORDS = ("yes", "true", "t", "y", "1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wan21.config import SAMPLE_FPS
+from wan21.models import SAMPLE_FPS
 
 VIDEO_QUALITY = 8
 """Of 10, as imageio's ffmpeg writer counts."""

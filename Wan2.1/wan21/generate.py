@@ -20,12 +20,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from wan21.config import ModelSpec, Request, idle_knobs
 from wan21.errors import WanError
 from wan21.events import Observer, Span
 from wan21.flags import Asked, asked, parser, suffix_of
 from wan21.layout import Layout
+from wan21.models import ModelSpec
+from wan21.options import idle_knobs
 from wan21.prompt.settings import PromptExtension
+from wan21.request import Request
 
 if TYPE_CHECKING:
     from wan21.parallel.world import World

@@ -18,7 +18,6 @@ from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import preprocess
 from wan21.components import DTYPES, Component, Components, blocks_to_run
 from wan21.conditioning import Condition, frame_mask, frame_pixels, load_pictures, resized
-from wan21.config import COMPONENTS, ModelSpec, Options, Request, keeps_passes_apart, rounds_products
 from wan21.control import ControlSources, encode_control, load_control
 from wan21.decoding import decode, departures
 from wan21.dit.context import Context
@@ -31,11 +30,14 @@ from wan21.events import SILENT, Observer, Span
 from wan21.guidance import guided, guided_together
 from wan21.memory.hosted import HostedResidual
 from wan21.memory.slicing import choose_query_slices, choose_rows
+from wan21.models import COMPONENTS, ModelSpec
+from wan21.options import Options, keeps_passes_apart, rounds_products
 from wan21.parallel.exchange import broadcast
 from wan21.parallel.layout import check_layout
 from wan21.parallel.opening import OpeningOfPair
 from wan21.parallel.tokens import shared_tokens
 from wan21.parallel.world import ALONE, World
+from wan21.request import Request
 from wan21.runtime import Runtime
 from wan21.samplers import Sampler, make_sampler
 from wan21.shapes import VideoShape

@@ -11,8 +11,9 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from wan21.config import ClipConfig, DitConfig, LoadStrategy, ModelSpec, Options, TextEncoderConfig
 from wan21.errors import UsageError
+from wan21.models import ClipConfig, DitConfig, ModelSpec, TextEncoderConfig
+from wan21.options import LoadStrategy, Options
 
 GIB = 2**30
 ITEM_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}

@@ -140,10 +140,10 @@ def _forward(world: Any, runtime: Any, case: Forward) -> dict[str, Any]:
     import torch
 
     from wan21.components import DTYPES
-    from wan21.config import DitConfig
     from wan21.dit.model import Dit, ForwardPlan
     from wan21.dit.operations import FusedOperations, Operations
     from wan21.memory.hosted import HostedResidual
+    from wan21.models import DitConfig
     from wan21.parallel import tokens as shared
     from wan21.weights.load import materialize, module_shapes
     from wan21.weights.random import RandomSource
@@ -182,9 +182,11 @@ def generate(layout: Any, asked: dict[str, Any], chosen: dict[str, Any], device:
     from contextlib import contextmanager
 
     from wan21.assets import open_assets
-    from wan21.config import Options, make_request, model_spec
+    from wan21.models import model_spec
+    from wan21.options import Options
     from wan21.parallel.world import connect, local_device
     from wan21.pipeline import VideoPipeline
+    from wan21.request import make_request
     from wan21.runtime import make_runtime
 
     asked = dict(asked)
@@ -254,8 +256,8 @@ def decode_tiles(layout: Any, num_rows: int, num_cols: int) -> Any:
     """Decodes a small video in so many tiles; gives the frames, if this rank has them."""
     import torch
 
-    from wan21.config import model_spec
     from wan21.decoding import decode, departures
+    from wan21.models import model_spec
     from wan21.parallel.world import connect
     from wan21.runtime import CpuRuntime
     from wan21.vae import DecodePlan, Vae

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wan21.config import DIT_1_3B, DIT_14B, DIT_FLF2V_14B, DIT_I2V_14B, DIT_VACE_1_3B, DIT_VACE_14B, MODELS, DitConfig
 from wan21.errors import CheckpointError
+from wan21.models import DIT_1_3B, DIT_14B, DIT_FLF2V_14B, DIT_I2V_14B, DIT_VACE_1_3B, DIT_VACE_14B, MODELS, DitConfig
 from wan21.weights.detect import detect, require_match
 from wan21.weights.safetensors_header import StoredTensor
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wan21.config import MODELS, DitConfig, ModelSpec, TextEncoderConfig, VaeConfig
 from wan21.errors import CheckpointError
+from wan21.models import MODELS, DitConfig, ModelSpec, TextEncoderConfig, VaeConfig
 from wan21.weights.inspect import (
     CONFIG_FILE,
     DIT_FILE,
@@ -235,8 +235,8 @@ def test_another_models_folder_says_what_it_holds(whole: Path) -> None:
 
 def test_inspecting_imports_no_torch(written: Path) -> None:
     code = (
-        "import sys, wan21.weights.inspect, wan21.config as c; from dataclasses import replace\n"
-        "try: wan21.weights.inspect.inspect_folder(sys.argv[1], c.MODELS['tiny'])\n"
+        "import sys, wan21.weights.inspect, wan21.models; from dataclasses import replace\n"
+        "try: wan21.weights.inspect.inspect_folder(sys.argv[1], wan21.models.MODELS['tiny'])\n"
         "except wan21.errors.CheckpointError: pass\n"
         "else: raise SystemExit('accepted')\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'safetensors' not in sys.modules"

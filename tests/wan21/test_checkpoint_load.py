@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wan21.config import MODELS, DitConfig, TextEncoderConfig, VaeConfig
 from wan21.dit.model import Dit
 from wan21.errors import CheckpointError, UsageError
+from wan21.models import MODELS, DitConfig, TextEncoderConfig, VaeConfig
 from wan21.text.tokenizer import Tokenizer
 from wan21.text.umt5 import TextEncoder
 from wan21.vae.vae import Vae

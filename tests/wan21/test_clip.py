@@ -7,7 +7,7 @@ import torch
 
 from wan21.clip.model import ImageEncoder
 from wan21.clip.preprocess import MEAN, STD, preprocess
-from wan21.config import ClipConfig
+from wan21.models import ClipConfig
 from wan21.weights.load import materialize
 from wan21.weights.random import RandomSource
 

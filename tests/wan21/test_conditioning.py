@@ -17,8 +17,9 @@ from wan21.conditioning import (
     load_pictures,
     resized,
 )
-from wan21.config import MODELS, VaeConfig, make_request
 from wan21.errors import UsageError
+from wan21.models import MODELS, VaeConfig
+from wan21.request import make_request
 from wan21.shapes import VideoShape, sides_like
 from wan21.sources import Sources
 from wan21.vae.vae import Vae

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from wan21.config import Request, make_request, model_spec
 from wan21.control import ControlSources, encode_control, load_control, mask_channels, nearest_frames
 from wan21.errors import UsageError
 from wan21.frames import save_video
+from wan21.models import model_spec
+from wan21.request import Request, make_request
 from wan21.runtime import CpuRuntime
 from wan21.shapes import VideoShape
 from wan21.sources import Sources

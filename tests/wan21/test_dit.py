@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from wan21.config import DIT_1_3B, DIT_14B, DitConfig
 from wan21.dit.model import Dit, ForwardPlan
+from wan21.models import DIT_1_3B, DIT_14B, DitConfig
 
 SMALL = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64)
 PARITY_RELATIVE_L2 = 1e-5  # float32 on both sides; the rest is diffusers' float32 time sinusoid

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from wan21.config import DIT_FLF2V_14B, DIT_I2V_14B, DitConfig
 from wan21.dit.model import Dit, ForwardPlan
+from wan21.models import DIT_FLF2V_14B, DIT_I2V_14B, DitConfig
 from wan21.weights.load import materialize, module_shapes
 from wan21.weights.random import RandomSource
 

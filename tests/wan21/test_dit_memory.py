@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.wan21.test_dit import realistic_
-from wan21.config import DitConfig
 from wan21.dit.layers import chunk_rows
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.memory.hosted import HostedResidual
+from wan21.models import DitConfig
 from wan21.runtime import CpuRuntime
 
 CONFIG = DitConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=3, text_dim=32, text_len=8)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wan21.config import MODELS
 from wan21.flags import asked, parser, paths, slices, truth
+from wan21.models import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "generating.md"
 OFFICIAL = {

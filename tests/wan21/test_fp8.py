@@ -10,7 +10,6 @@ from torch import nn
 from tests.wan21.test_dit import GRID_LATENTS, relative_l2
 from wan21.attention import attend
 from wan21.components import Components
-from wan21.config import Options, check_capability, check_device, model_spec
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import ScaledLinear, store_in_eight_bits
 from wan21.dit.model import Dit, ForwardPlan
@@ -20,6 +19,8 @@ from wan21.events import SILENT
 from wan21.kernels import fp8, tokens
 from wan21.layout import Layout
 from wan21.memory.packing import Packing
+from wan21.models import model_spec
+from wan21.options import Options, check_capability, check_device
 from wan21.parallel.world import World
 from wan21.runtime import CpuRuntime
 from wan21.weights import source as staging

@@ -7,12 +7,14 @@ import torch
 
 from tests.wan21.test_dit import relative_l2
 from wan21.attention import attend, attend_with_fa3_fp8
-from wan21.config import FP8_PRODUCTS, HOPPER, make_request, model_spec
 from wan21.dit.fp8 import Fp8Operations
 from wan21.dit.linear import store_in_eight_bits
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.kernels import fp8
+from wan21.models import model_spec
+from wan21.options import FP8_PRODUCTS, HOPPER
+from wan21.request import make_request
 from wan21.runtime import default_device, make_runtime
 from wan21.weights.fp8 import ScaledSource
 from wan21.weights.load import materialize

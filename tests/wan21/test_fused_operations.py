@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.wan21.test_dit import SMALL, inputs, realistic_
-from wan21.config import Options, check_device
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.operations import FusedOperations, Operations
 from wan21.errors import UsageError
 from wan21.kernels import tokens
+from wan21.options import Options, check_device
 
 
 @pytest.fixture(autouse=True)

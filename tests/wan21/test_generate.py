@@ -8,8 +8,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from wan21.config import Options, model_spec
 from wan21.generate import main, parser
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.runtime import CpuRuntime
 from wan21.weights.random import RandomWeights
 from wan21.weights.write import write_folder

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from tests.wan21.fake_dashscope import ANSWER, GOOD_KEY, FakeDashScope, serving
-from wan21.config import MODELS, ModelSpec
 from wan21.examples import example_picture
 from wan21.flags import asked, parser
 from wan21.frames import save_video
 from wan21.generate import main
+from wan21.models import MODELS, ModelSpec
 from wan21.sources import TASK_SOURCES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_checkpoint.py"

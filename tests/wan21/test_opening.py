@@ -9,13 +9,15 @@ import torch
 from tests.wan21.test_dit import inputs, small
 from tests.wan21.test_pipeline import generate, request
 from wan21.attention import attend
-from wan21.config import Options, idle_knobs, make_request, model_spec
 from wan21.dit.layers import SelfAttention
 from wan21.dit.opening import Opening
 from wan21.errors import UsageError
 from wan21.layout import Layout
+from wan21.models import model_spec
+from wan21.options import Options, idle_knobs
 from wan21.parallel.opening import OpeningOfPair
 from wan21.parallel.world import Group
+from wan21.request import make_request
 
 
 @pytest.fixture(autouse=True)

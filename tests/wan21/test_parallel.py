@@ -12,7 +12,6 @@ from torch import nn
 
 from wan21.assets import open_assets
 from wan21.attention import attend, attend_with_lse
-from wan21.config import Options, make_request, model_spec
 from wan21.dit.operations import FusedOperations, Operations, RmsNorm
 from wan21.dit.residual import Outs, chunks
 from wan21.dit.tokens import AtHand, Brought
@@ -20,6 +19,8 @@ from wan21.errors import UsageError
 from wan21.kernels import tokens
 from wan21.layout import SINGLE, Layout
 from wan21.memory.packing import Packing
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.parallel import ring
 from wan21.parallel.exchange import Messages
 from wan21.parallel.layout import check_layout
@@ -28,6 +29,7 @@ from wan21.parallel.table import SharedTable
 from wan21.parallel.tokens import SharedTokens
 from wan21.parallel.world import ALONE, Group, World, connect, local_device
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan21.vae import Budget, DecodePlan, Vae
 from wan21.waiting import ALIGNMENT

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from wan21.assets import open_assets
-from wan21.config import ModelSpec, Options, Request, make_request, model_spec
 from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span, together
+from wan21.models import ModelSpec, model_spec
+from wan21.options import Options
 from wan21.pipeline import Generation, VideoPipeline
+from wan21.request import Request, make_request
 from wan21.runtime import CpuRuntime
 from wan21.weights.random import RandomWeights
 from wan21.weights.write import write_folder

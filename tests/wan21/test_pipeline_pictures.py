@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from wan21.assets import Assets, open_assets
-from wan21.config import MODELS, ModelSpec, Options, Request, make_request
 from wan21.errors import CheckpointError
 from wan21.events import SILENT, Observer, Span
 from wan21.frames import save_video
+from wan21.models import MODELS, ModelSpec
+from wan21.options import Options
 from wan21.pipeline import Generation, VideoPipeline
+from wan21.request import Request, make_request
 from wan21.runtime import CpuRuntime
 from wan21.sources import Sources
 from wan21.weights.inspect import CLIP_FILE, inspect_folder

@@ -12,12 +12,13 @@ import torch
 
 from tests.wan21.test_pipeline_pictures import SAME_ROUNDING, Listener, generate, relative_l2
 from tests.wan21.test_videos import plain_frames
-from wan21.config import MODELS, ModelSpec, Request, make_request
 from wan21.control import load_control
 from wan21.dit.model import Dit
 from wan21.errors import CheckpointError, UsageError
 from wan21.frames import save_image, save_video
+from wan21.models import MODELS, ModelSpec
 from wan21.pipeline import Generation
+from wan21.request import Request, make_request
 from wan21.runtime import CpuRuntime
 from wan21.sources import Sources
 from wan21.videos import inspect_video

@@ -12,15 +12,17 @@ import torch
 
 from tests.wan21.test_streaming import meta_blocks, resident, run, write
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
 from wan21.errors import UsageError
 from wan21.events import Span
 from wan21.memory.packing import Packing
 from wan21.memory.reading import HostBudget, Ring, Write
 from wan21.memory.streaming import StreamPlan, Unit, stream
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.parallel.world import Group
 from wan21.parts import InParts
 from wan21.pipeline import Generation, VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan21.waiting import NUM_BUFFERS, choose_pinned, whole_pages
 from wan21.weights.random import RandomWeights

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from wan21.config import make_request, model_spec
+from wan21.models import model_spec
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan21.weights.random import RandomWeights
 

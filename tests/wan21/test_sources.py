@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan21.config import MODELS, ModelSpec, Options, idle_knobs, make_request
 from wan21.errors import UsageError
 from wan21.examples import example_picture
+from wan21.models import MODELS, ModelSpec
+from wan21.options import Options, idle_knobs
 from wan21.pictures import picture_size
+from wan21.request import make_request
 from wan21.sources import Sources, check_sources, described
 
 
@@ -133,7 +135,8 @@ def test_formats_and_quirks_that_change_nothing_are_named() -> None:
 
 def test_planning_with_pictures_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from wan21.config import MODELS, make_request; from wan21.sources import Sources\n"
+        "import sys; from wan21.models import MODELS; from wan21.request import make_request\n"
+        "from wan21.sources import Sources\n"
         "make_request(MODELS['i2v-14B'], seed=0, sources=Sources(image=sys.argv[1]))\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan21.config import UMT5_XXL, TextEncoderConfig
+from wan21.models import UMT5_XXL, TextEncoderConfig
 from wan21.text.umt5 import Block, TextEncoder, bucket_starts, gelu_tanh, relative_buckets, residual_sum
 
 SMALL = TextEncoderConfig(vocab_size=128, dim=160, ffn_dim=192, num_heads=10, num_layers=4)  # heads: 8 and a rest of 2

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from wan21.config import MODELS
 from wan21.errors import CheckpointError
+from wan21.models import MODELS
 from wan21.text.clean import clean
 from wan21.text.tokenizer import Tokenizer
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from tests.wan21.test_dit import PARITY_RELATIVE_L2, SAME_ROUNDING, SMALL, realistic_, relative_l2, to_diffusers
-from wan21.config import DitConfig, VaceConfig
 from wan21.dit.layers import chunk_rows
 from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.operations import Operations
@@ -17,6 +16,7 @@ from wan21.dit.vace import Control, VaceBlock
 from wan21.errors import UsageError
 from wan21.memory.hosted import HostedResidual
 from wan21.memory.streaming import StreamPlan, stream
+from wan21.models import DitConfig, VaceConfig
 from wan21.parts import all_in_parts
 from wan21.runtime import CpuRuntime
 

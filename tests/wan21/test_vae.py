@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.wan21.vae_examples import distance, random_vae
-from wan21.config import WAN_VAE, VaeConfig
 from wan21.errors import UsageError
+from wan21.models import WAN_VAE, VaeConfig
 from wan21.vae import Vae
 from wan21.vae.layers import RmsNorm
 from wan21.vae.past import Past

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from wan21.assets import Assets
-from wan21.config import WAN_VAE, Options, make_request, model_spec
 from wan21.errors import UsageError
+from wan21.models import WAN_VAE, model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan21.vae import WHOLE, Budget, EncodeBudget, choose_plan
 from wan21.vae.decoder import Decoder

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan21.config import WAN_VAE, Kernels, VaeConfig
 from wan21.kernels.vae_blocks import MULTIPROCESSORS, blocks_for, programs_at_once
+from wan21.models import WAN_VAE, VaeConfig
+from wan21.options import Kernels
 from wan21.vae import WHOLE, Budget, DecodePlan, Vae
 from wan21.vae.decoder import Decoder
 from wan21.vae.fused_budget import Launch

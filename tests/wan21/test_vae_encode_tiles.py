@@ -7,8 +7,8 @@ from torch import Tensor
 from tests.wan21.test_vae_memory import SCALING_BYTES, LiveBytes
 from tests.wan21.test_vae_tiles import CONFIG, EXACT, TOLERANCE, grid, one_thread
 from tests.wan21.vae_examples import distance, random_vae
-from wan21.config import WAN_VAE, VaeConfig
 from wan21.errors import UsageError
+from wan21.models import WAN_VAE, VaeConfig
 from wan21.vae import WHOLE, DecodePlan, EncodeBudget, Vae
 from wan21.vae.encode_plan import encode_strips
 from wan21.vae.past import Past

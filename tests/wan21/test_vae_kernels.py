@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.wan21.vae_examples import distance, random_latents, random_vae
-from wan21.config import WAN_VAE
 from wan21.errors import UsageError
 from wan21.kernels import vae_ops
 from wan21.kernels.vae_blocks import blocks_for, candidates, default_blocks, fits, fits_one_program, split_channels
+from wan21.models import WAN_VAE
 from wan21.vae import WHOLE, DecodePlan, Vae
 
 # Sums of float32 products in another order, as in test_vae.py.

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from wan21.config import WAN_VAE, Kernels, VaeConfig
 from wan21.errors import UsageError
+from wan21.models import WAN_VAE, VaeConfig
+from wan21.options import Kernels
 from wan21.runtime import CpuRuntime
 from wan21.vae import Vae
 from wan21.vae.budget import Budget

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.wan21.vae_examples import distance, random_latents, random_vae
-from wan21.config import VaeConfig
 from wan21.errors import UsageError
+from wan21.models import VaeConfig
 from wan21.vae import Vae
 from wan21.vae.layers import Upsample
 from wan21.vae.past import Past

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.wan21.vae_examples import random_latents, random_vae
-from wan21.config import VaeConfig
 from wan21.kernels import vae_ops
+from wan21.models import VaeConfig
 from wan21.runtime import CpuRuntime
 from wan21.vae import DecodePlan
 from wan21.vae.warm_up import launches, warm_up

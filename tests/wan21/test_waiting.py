@@ -8,12 +8,13 @@ from torch import nn
 
 from wan21.clip.model import ImageEncoder
 from wan21.components import DTYPES, Components
-from wan21.config import MODELS, LoadStrategy, ModelSpec, Options
 from wan21.dit.model import Dit
 from wan21.errors import UsageError
 from wan21.events import SILENT
 from wan21.layout import Layout
 from wan21.memory.parked import parameters_below
+from wan21.models import MODELS, ModelSpec
+from wan21.options import LoadStrategy, Options
 from wan21.parallel.world import Group, World
 from wan21.parts import all_in_parts
 from wan21.runtime import CpuRuntime

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from wan21.config import MODELS, DitConfig
 from wan21.dit.model import Dit
 from wan21.errors import CheckpointError
+from wan21.models import MODELS, DitConfig
 from wan21.text.umt5 import TextEncoder
 from wan21.vae.vae import Vae
 from wan21.weights import source as source_module

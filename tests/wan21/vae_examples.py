@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wan21.config import VaeConfig
+from wan21.models import VaeConfig
 from wan21.vae import Vae
 
 

@@ -15,10 +15,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.wan_sweep.attribution_checks import inconsistencies
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
 from wan21.dit.layers import CrossAttention
 from wan21.events import Observer, Span
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan_sweep.measure.allocation_log import AllocationLog
 from wan_sweep.measure.attribution import STREAMED, Attributor

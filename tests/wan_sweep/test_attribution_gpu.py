@@ -10,9 +10,11 @@ from torch.cuda import _memory_viz
 
 from tests.wan_sweep.attribution_checks import inconsistencies
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
 from wan21.events import Observer, Span
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import Runtime, make_runtime
 from wan_sweep.measure.attribution import Attributor
 from wan_sweep.measure.recorder import Recorder

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from wan21.config import MODELS
+from wan21.models import MODELS
 from wan_sweep.convert import add_repeats, candidates_of, grid_of, is_grid, job_of, parse, value_of
 from wan_sweep.errors import UsageError
 from wan_sweep.schema import KNOBS, Job

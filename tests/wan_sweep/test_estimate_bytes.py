@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional
 
 from wan21.attention import choose_attention
-from wan21.config import MODELS, AttentionKernel, DitConfig
 from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
+from wan21.models import MODELS, DitConfig
+from wan21.options import AttentionKernel
 from wan_sweep.allocator import Settings
 from wan_sweep.cards import Card, card_named
 from wan_sweep.estimate import calibrate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wan21.config import MODELS
+from wan21.models import MODELS
 from wan21.text.umt5 import TextEncoder
 from wan21.weights.load import materialize
 from wan21.weights.random import RandomWeights

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from wan21.config import MODELS, DitConfig, Options, make_request
 from wan21.layout import SINGLE, Layout
+from wan21.models import MODELS, DitConfig
+from wan21.options import Options
+from wan21.request import make_request
 from wan_sweep.allocator import Settings, settings_of
 from wan_sweep.cards import CARDS, card_like, card_named
 from wan_sweep.estimate.clock import LowerBoundClock, all_steps
@@ -27,7 +29,7 @@ def test_a_forward_of_the_14b_model_takes_what_is_known_of_it() -> None:
 def test_decoding_takes_the_multiply_adds_that_the_decoder_counts() -> None:
     import torch
 
-    from wan21.config import WAN_VAE
+    from wan21.models import WAN_VAE
     from wan21.vae import WHOLE, Budget
     from wan21.vae.vae import Vae
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tests.wan21.ranks import Ranks, generate
-from wan21.config import MODELS
 from wan21.errors import UsageError
 from wan21.layout import Layout
+from wan21.models import MODELS
 from wan21.parallel.sharding import fill_shares, shard
 from wan21.weights.random import RandomWeights
 from wan_sweep.allocator import Settings

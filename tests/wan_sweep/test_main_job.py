@@ -256,7 +256,7 @@ def assert_refused(done: Done, folder: Path, *words: str) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint folder in the official layout."""
-    from wan21.config import model_spec
+    from wan21.models import model_spec
     from wan21.runtime import CpuRuntime
     from wan21.weights.random import RandomWeights
     from wan21.weights.write import write_folder

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.wan_sweep.made_up_records import GIB, KNOBS, metrics_of, record, write_sweep
-from wan21.config import DIT_1_3B, DIT_14B
+from wan21.models import DIT_1_3B, DIT_14B
 from wan_sweep.errors import RecordError
 
 RECORD_KNOBS = {"precision": "bf16", "vae_precision": "bf16", "attention_kernel": "sdpa"}

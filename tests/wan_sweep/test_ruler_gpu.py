@@ -27,7 +27,9 @@ REAL_RUN = """
 import json, sys
 from pathlib import Path
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
+from wan21.models import model_spec
+from wan21.options import Options
+from wan21.request import make_request
 from wan21.pipeline import VideoPipeline
 from wan21.runtime import make_runtime
 from wan_sweep.measure.recorder import Recorder

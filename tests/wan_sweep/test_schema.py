@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wan21.config import MODELS, ModelSpec
+from wan21.models import MODELS, ModelSpec
 from wan_sweep.schema import KNOBS, Job, Scalar, asked_key, job_key, knobs_help, text
 
 

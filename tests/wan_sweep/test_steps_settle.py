@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime, Runtime, make_runtime
 from wan_sweep.allocator import Settings
 from wan_sweep.cards import card_named

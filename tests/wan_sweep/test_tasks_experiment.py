@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
-from wan21.config import MODELS
+from wan21.models import MODELS
 from wan_sweep.record import load_records
 
 EXPERIMENT = "+experiment=tasks"

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from wan21.assets import open_assets
-from wan21.config import Options, make_request, model_spec
 from wan21.dit.block import Block
 from wan21.events import Observer, Span, together
+from wan21.models import model_spec
+from wan21.options import Options
 from wan21.pipeline import VideoPipeline
+from wan21.request import make_request
 from wan21.runtime import CpuRuntime
 from wan_sweep.measure.trace_file import TraceFile
 from wan_sweep.measure.tracer import Tracer

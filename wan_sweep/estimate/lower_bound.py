@@ -9,7 +9,9 @@ Letters: L tokens; D model width; M feed-forward width; S prompt tokens; t, h, w
 
 from collections.abc import Mapping
 
-from wan21.config import DitConfig, ModelSpec, Options, Request, TextEncoderConfig, VaeConfig, keeps_passes_apart
+from wan21.models import DitConfig, ModelSpec, TextEncoderConfig, VaeConfig
+from wan21.options import Options, keeps_passes_apart
+from wan21.request import Request
 from wan_sweep.cards import Card
 from wan_sweep.units import GIB
 

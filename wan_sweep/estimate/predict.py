@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wan21.config import idle_knobs
+from wan21.options import idle_knobs
 from wan_sweep.allocator import Settings
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card

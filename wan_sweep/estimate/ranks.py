@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from wan21.config import ModelSpec, Options, Request
+from wan21.models import ModelSpec
+from wan21.options import Options
+from wan21.request import Request
 from wan21.vae import Vae, choose_plan
 from wan21.vae.plan import Strip, tiles
 from wan_sweep.allocator import Settings

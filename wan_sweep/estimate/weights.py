@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from wan21.config import ModelSpec
+from wan21.models import ModelSpec
 from wan21.runtime import Runtime
 from wan21.weights.components import Source
 from wan21.weights.random import RandomWeights

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from wan21.attention import attend
-from wan21.config import ClipConfig
+from wan21.models import ClipConfig
 from wan21.parts import InParts
 
 

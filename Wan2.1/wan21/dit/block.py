@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from wan21.config import DitConfig
 from wan21.dit.context import Context
 from wan21.dit.image import ImageCrossAttention
 from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows
 from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, windows
+from wan21.models import DitConfig
 from wan21.parts import InParts
 
 

@@ -9,11 +9,11 @@ one that takes the GELU, and by itself where attention made it. What lies betwee
 import torch
 from torch import Tensor, nn
 
-from wan21.config import DitConfig
 from wan21.dit.linear import Linear, ScaledLinear
 from wan21.dit.operations import Activations, FusedOperations, Modulation
 from wan21.kernels import fp8
 from wan21.kernels.fp8 import ScaledRows
+from wan21.models import DitConfig
 
 
 class Fp8Operations(FusedOperations):

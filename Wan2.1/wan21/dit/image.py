@@ -6,10 +6,10 @@ Letters: B videos, I image tokens of all pictures, S prompt tokens, D model widt
 import torch
 from torch import nn
 
-from wan21.config import DitConfig
 from wan21.dit.context import Context
 from wan21.dit.layers import CrossAttention, Read
 from wan21.dit.operations import Operations, RmsNorm
+from wan21.models import DitConfig
 
 EPS = 1e-5
 """Of the norms around the projection, which are not the transformer's own."""

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from wan21.attention import Attention
-from wan21.config import DitConfig
 from wan21.dit.context import Context
 from wan21.dit.linear import Linear
 from wan21.dit.operations import Activations, Modulation, Operations, RmsNorm
 from wan21.dit.residual import Outs, Residual, chunks, windows
 from wan21.dit.tokens import ALL, Tokens
+from wan21.models import DitConfig
 from wan21.parts import Enter
 
 FEWEST_ROWS = 64

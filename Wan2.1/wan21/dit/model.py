@@ -15,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wan21.config import DitConfig
 from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.image import ImageEmbedding
@@ -24,6 +23,7 @@ from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
 from wan21.dit.vace import Control, VaceBlock
+from wan21.models import DitConfig
 from wan21.rope import rotations
 from wan21.shapes import PATCH
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wan21.attention import Attention, attend, attend_with_fa3_fp8
-from wan21.config import DitConfig
 from wan21.dit.linear import Linear, ScaledLinear
 from wan21.dit.residual import Residual
 from wan21.kernels import tokens
 from wan21.kernels.fp8 import ScaledRows
+from wan21.models import DitConfig
 from wan21.rope import rotate
 
 Activations: TypeAlias = Tensor | ScaledRows

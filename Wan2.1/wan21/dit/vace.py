@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from wan21.config import DitConfig
 from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Operations
 from wan21.dit.residual import Residual, Windowed, windows
+from wan21.models import DitConfig
 
 Streams = tuple[Residual, Residual]
 """The main residual and the control stream, [B, L, D] in float32 each."""

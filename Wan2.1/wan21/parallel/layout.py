@@ -1,8 +1,9 @@
 """Which layouts a task and a request can have. No torch in here: whoever plans runs asks this."""
 
-from wan21.config import ModelSpec, Request
 from wan21.errors import UsageError
 from wan21.layout import SINGLE, Layout
+from wan21.models import ModelSpec
+from wan21.request import Request
 
 __all__ = ["SINGLE", "Layout", "check_layout"]
 

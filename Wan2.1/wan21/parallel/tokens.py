@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from wan21.attention import Attention, AttentionWithLse, choose_attention_with_lse
-from wan21.config import AttentionKernel
 from wan21.dit.residual import Outs, Produce, Window, chunks, row_slices
 from wan21.dit.tokens import ALL, Brought, Tokens
+from wan21.options import AttentionKernel
 from wan21.parallel.exchange import Messages, exchange, gathered
 from wan21.parallel.ring import Ring, Round, heads_at_once
 from wan21.parallel.world import World

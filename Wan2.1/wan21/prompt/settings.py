@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from wan21.config import one_of
-from wan21.errors import MissingPackageError, UsageError
+from wan21.errors import MissingPackageError, UsageError, one_of
 
 Method = Literal["local_qwen", "dashscope"]
 Language = Literal["zh", "en"]

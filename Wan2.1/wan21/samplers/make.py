@@ -2,7 +2,8 @@
 
 import torch
 
-from wan21.config import SOLVERS, one_of
+from wan21.errors import one_of
+from wan21.request import SOLVERS
 from wan21.samplers.dpmpp import DPMSolverPP
 from wan21.samplers.sampler import Sampler
 from wan21.samplers.unipc import UniPC

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wan21.config import NUM_TRAIN_TIMESTEPS
 from wan21.errors import UsageError
+from wan21.request import NUM_TRAIN_TIMESTEPS
 
 Scalar = np.float32
 """Type of every scalar of a solver. Plain literals are wrapped in it: numpy 1 would widen the result to float64."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from wan21.config import TextEncoderConfig
+from wan21.models import TextEncoderConfig
 from wan21.parts import InParts
 
 # Heads whose scores are in float32 at a time, for the softmax. With 64 heads in bfloat16 a few launches more bring the

@@ -5,8 +5,9 @@ from functools import cache
 
 import torch
 
-from wan21.config import ModelSpec, Options
 from wan21.errors import UsageError
+from wan21.models import ModelSpec
+from wan21.options import Options
 from wan21.sources import TASK_SOURCES
 from wan21.vae.budget import Budget
 from wan21.vae.encode_budget import EncodeBudget

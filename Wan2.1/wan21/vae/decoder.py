@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wan21.config import Kernels, VaeConfig
+from wan21.models import VaeConfig
+from wan21.options import Kernels
 from wan21.vae import fused
 from wan21.vae.layers import AttentionBlock, CausalConv3d, ResidualBlock, RmsNorm, Upsample, norm_silu_conv
 from wan21.vae.past import Past

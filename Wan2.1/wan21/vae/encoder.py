@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wan21.config import VaeConfig
+from wan21.models import VaeConfig
 from wan21.vae.layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RmsNorm, norm_silu_conv
 from wan21.vae.past import Past
 from wan21.vae.tiles import Interval, Window, Windows

@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wan21.config import Kernels, VaeConfig
 from wan21.errors import UsageError
+from wan21.models import VaeConfig
+from wan21.options import Kernels
 from wan21.vae.decoder import Decoder
 from wan21.vae.encode_budget import EncodeBudget
 from wan21.vae.encode_plan import encode_tiles

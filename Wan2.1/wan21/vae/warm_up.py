@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from wan21.config import VaeConfig
+from wan21.models import VaeConfig
 from wan21.runtime import Runtime
 from wan21.vae.plan import DecodePlan
 from wan21.vae.vae import Vae

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from wan21.config import MODELS, DitConfig, ModelSpec, Task, VaceConfig
 from wan21.errors import CheckpointError
+from wan21.models import MODELS, DitConfig, ModelSpec, Task, VaceConfig
 from wan21.weights.safetensors_header import StoredTensor
 
 OFFICIAL_HEAD_DIM = 128

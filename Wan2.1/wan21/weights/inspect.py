@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan21.config import DitConfig, ModelSpec
 from wan21.errors import CheckpointError
+from wan21.models import DitConfig, ModelSpec
 from wan21.weights.detect import detect, require_match
 from wan21.weights.pth import PthFacts, read_pth
 from wan21.weights.safetensors_header import Header, StoredTensor, read_header

@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from wan21.config import ModelSpec
 from wan21.errors import CheckpointError, UsageError
+from wan21.models import ModelSpec
 from wan21.weights.components import Source
 from wan21.weights.load import module_shapes
 from wan21.weights.staging import pieces

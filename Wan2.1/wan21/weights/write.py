@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from wan21.config import ClipConfig, ModelSpec
 from wan21.errors import UsageError
+from wan21.models import ClipConfig, ModelSpec
 from wan21.weights import inspect
 from wan21.weights.components import Source, Weights
 from wan21.weights.detect import kind_of

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from wan21.config import MODELS, Options, idle_knobs, make_request, model_spec
 from wan21.errors import UsageError
+from wan21.models import MODELS, model_spec
+from wan21.options import Options, idle_knobs
+from wan21.request import make_request
 from wan21.shapes import VideoShape, parse_size
 
 
@@ -82,5 +84,5 @@ def test_knobs_that_change_nothing_are_named_with_the_reason() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, wan21.config, wan21.events; sys.exit('torch' in sys.modules)"
+    code = "import sys, wan21.models, wan21.request, wan21.options, wan21.events; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

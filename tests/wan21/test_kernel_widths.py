@@ -1,4 +1,4 @@
-"""Kernels between products and of a ring, compiled for Hopper: rows pass in vectors. No GPU is needed."""
+"""Kernels between products, in eight bits too, and of a ring, compiled for Hopper: rows pass in vectors."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 FLOATS = dict.fromkeys(
-    ("joint_lse", "lse", "more_lse", "x", "scale", "shift", "gate", "weight", "turns", "eps"), "*fp32"
+    ("joint_lse", "lse", "more_lse", "x", "scale", "shift", "gate", "weight", "turns", "factor", "summand"), "*fp32"
 )
 HALVES = dict.fromkeys(("out", "more", "result", "branch"), "*bf16")
 RMS = {"width": 1536, "member_width": 384, "part": 512, "is_turned": True, "is_far": False}
@@ -42,16 +42,17 @@ def ptx_of(kernel: Any, constants: dict[str, Any], types: dict[str, str], num_wa
         ("tokens._rms_heads", RMS, {"x": "*bf16"}, 1),
         ("tokens._rms_heads", {**RMS, "is_turned": False}, {"x": "*bf16"}, 1),
         ("tokens._modulate", {"width": 1536, "part": 512, "rounds": True}, {}, 4),
+        ("fp8._affine", {"block": 1024, "rows": 8}, {"x": "*bf16", "out": "*fp8e4nv"}, 4),
         ("tokens._add_gated", {"block": 2048, "rows": 2, "is_gated": True}, {}, 4),
     ],
 )
 def test_rows_are_read_and_written_in_vectors(
     name: str, constants: dict[str, Any], types: dict[str, str], num_warps: int
 ) -> None:
-    from wan21.kernels.gpu import ring, tokens
+    from wan21.kernels.gpu import fp8, ring, tokens
 
     module, _, function = name.partition(".")
-    ptx = ptx_of(getattr({"ring": ring, "tokens": tokens}[module], function), constants, types, num_warps)
+    ptx = ptx_of(getattr({"fp8": fp8, "ring": ring, "tokens": tokens}[module], function), constants, types, num_warps)
     narrow = re.findall(r"(?:ld|st)\.global\S*(?<!v4)(?<!v2)\.b(?:16|32)\b", ptx)
     # Of a join the denominators of its rows, one number each: three loads and stores in each layout that needs them.
     assert len(narrow) <= (7 if function == "_join" else 0)

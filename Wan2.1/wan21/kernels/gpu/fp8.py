@@ -15,7 +15,8 @@ from wan21.kernels.gpu.tokens import _batch_stride, _programs
 ROWS_PER_PROGRAM = 8
 """Enough that what rows share costs little, few enough that a chunk of 2048 rows fills the chip."""
 
-_SIZES = ("num_rows", "rows_of_one", "x_batch", "scale_batch", "shift_batch")
+# Strides between videos stay out of these, as in `tokens`.
+_SIZES = ("num_rows", "rows_of_one")
 """Not looked at when compiling: one kernel for chunks of every length, so none is compiled within a run."""
 
 PARTS = 1024

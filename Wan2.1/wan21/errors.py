@@ -2,6 +2,7 @@
 
 WanError                exit code 1
   UsageError            exit code 2  a value that the caller gave; also a ValueError
+    VaeBudgetError      exit code 2  a budget that no tile of the VAE fits into
   CheckpointError       exit code 3  a file of weights that is missing, damaged or of another shape; also a ValueError
   MissingPackageError   exit code 4  an optional package that a choice needs; also an ImportError
 
@@ -19,6 +20,10 @@ class UsageError(WanError, ValueError):
     """A value that cannot be, or a combination that cannot be."""
 
     exit_code = 2
+
+
+class VaeBudgetError(UsageError):
+    """The VAE's budget is too small for the picture; a larger one, or a smaller number format, may do."""
 
 
 class CheckpointError(WanError, ValueError):

@@ -14,6 +14,7 @@ from tests.wan_sweep.made_up_traces import gpu_events
 from tests.wan_sweep.test_analyze_run_files import document, made_up_run, peak
 from tests.wan_sweep.test_analyze_snapshot import from_the_start
 from wan_sweep.analyze import UnreadableFileError, analyze
+from wan_sweep.analyze.finding import Analysis, Column, Section, Table
 from wan_sweep.analyze.terminal import print_analysis
 
 ANYTHING = (None, -1, 0, 1, 1e300, float("inf"), float("nan"), 2**80, "x", "", [], {}, [1], {"a": 1}, True)
@@ -59,3 +60,15 @@ def test_damage_anywhere_is_analyzed_or_refused(kind: str, tmp_path: Path) -> No
         print_analysis(found, Console(file=io.StringIO(), width=90))
         num_analyzed += 1
     assert num_analyzed > 0
+
+
+@pytest.mark.parametrize(("width", "told"), [(80, "1.0 MiB"), (20, "not enough room for rare; --json has them")])
+def test_columns_without_room_are_named_below_the_table(width: int, told: str) -> None:
+    columns = [Column(key="often", title="often", rank=9), Column(key="rare", title="rare", unit="bytes", rank=1)]
+    table = Table(key="sizes", title="", columns=columns, rows=[("a kernel's name", 2**20)], num_rows=1)
+    section = Section(key="one", title="One", tables=[table])
+    console = Console(file=io.StringIO(), width=width)
+    print_analysis(Analysis(kind="trace", title="t", path="p", headline=[], sections=[section]), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a kernel's name" in shown
+    assert " ".join(shown.partition("a kernel's name")[2].split()) == told

@@ -1,5 +1,8 @@
 """The search for the fastest configuration, with a made-up estimator that answers at once."""
 
+import io
+import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, product
@@ -8,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from wan21.errors import UsageError
+from wan21.errors import UsageError, VaeBudgetError
 from wan_sweep.cards import card_named
 from wan_sweep.environment import Machine
 from wan_sweep.plan.__main__ import main
+from wan_sweep.planner import __main__ as planner_process
+from wan_sweep.planner import client
 from wan_sweep.planner.client import margin_of, nearest_card
 from wan_sweep.planner.ladder import ladders
 from wan_sweep.planner.search import Found, Search
@@ -56,7 +61,7 @@ class MadeUp:
         activations = self._activations * one.frame_num / 81 * share
         whole = self._whole * (0.5 if one.vae_precision == "bf16" else 1.0)
         if one.vae_budget_gib is not None and one.vae_budget_gib < self._least_budget:
-            raise UsageError("budget_bytes is too little")
+            raise VaeBudgetError("vae_budget_gib is too little")
         decode = VAE + min(whole, one.vae_budget_gib or whole)
         beside = 0.0 if one.offload else T5 + DIT + VAE
         needs = {
@@ -195,6 +200,70 @@ def test_weights_that_alone_do_not_fit_are_no_rung() -> None:
     families = ladders(job(), 8 * GIB).denoise
     assert all(rung.knobs["load_strategy"] != "full" for family in families for rung in family)
     assert ladders(job(t5_cpu=True), 8 * GIB).denoise[0][0].knobs["load_strategy"] == "full"
+
+
+def test_where_too_little_may_wait_on_the_host_no_weights_are_streamed_and_the_answer_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up = MadeUp()
+
+    def ask(one: Job, *_: object, vram_bytes: int, **__: object) -> dict[str, Any]:
+        return search(vram_bytes / GIB, made_up).fastest(one).to_json()
+
+    monkeypatch.setattr("wan_sweep.plan.__main__.ask", ask)
+    question = ["model=t2v-1.3B", "card=RTX4060-8GB", "vram_gib=6"]
+    assert main([*question, "host_budget_gib=0.1"]) == 1
+    assert {one.load_strategy for one in made_up.asked} == {"full"}
+    told = capsys.readouterr().out
+    assert f"Nothing fits into 6.00 GiB: the least found needs {T5 + CONTEXT_GIB + MARGIN_GIB:.2f} GiB" in told
+    assert "host_budget_gib=0.1 is too little: with load_strategy=part t5 needs 2.66 GiB" in told
+    assert "with load_strategy=block 1.079 is enough" in told
+    assert main([*question, "host_budget_gib=1.1"]) == 0
+    assert {one.load_strategy for one in made_up.asked} == {"full", "block"}
+
+
+def test_where_no_tile_fits_into_the_chosen_budget_the_answer_is_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "wan_sweep.plan.__main__.ask", lambda one, *_, **__: search(24, MadeUp()).fastest(one).to_json()
+    )
+    assert main(["model=t2v-1.3B", "card=RTX4060-8GB", "vae_budget_gib=0.1"]) == 1
+    assert capsys.readouterr().out.endswith("Nothing fits into 8.00 GiB: vae_budget_gib is too little.\n")
+
+
+def test_what_an_estimate_refuses_for_another_reason_is_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: Job) -> Mapping[str, Any]:
+        raise UsageError("card=X has no table; choose another")
+
+    one = Search(
+        card_named("H100-80GB"),
+        vram_bytes=80 * GIB,
+        margin_bytes=GIB,
+        context_bytes=GIB,
+        estimate=refuse,
+        say=lambda words: None,  # noqa: ARG005
+    )
+    with pytest.raises(UsageError, match="has no table"):
+        one.fastest(job())
+    child = "import json; input(); print(json.dumps({'refusal': 'card=X has no table; choose another'}))"
+    monkeypatch.setattr(client, "PLANNER", (sys.executable, "-c", child))
+    assert main(["model=t2v-1.3B", "vram_gib=8"]) == 2
+    assert capsys.readouterr().err == "wan_sweep: card=X has no table; choose another\n"
+
+
+def test_the_planners_process_tells_what_an_estimate_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: Mapping[str, Any]) -> dict[str, Any]:
+        raise UsageError("card=X has no table")
+
+    monkeypatch.setattr("wan_sweep.planner.__main__.answer", refuse)
+    monkeypatch.setattr("sys.stdin", io.StringIO("{}"))
+    planner_process.main()
+    assert json.loads(capsys.readouterr().out) == {"refusal": "card=X has no table"}
 
 
 def test_cards_are_found_by_size_and_a_margin_is_kept() -> None:

@@ -51,7 +51,8 @@ def test_no_number_is_cut_where_long_names_and_words_meet_a_narrow_terminal(tmp_
         record(1, swept, metrics_of(base={"dit": 2.0}, activation=81.4)),
         record(2, {**swept, "prompt": "A boat"}, metrics_of(base={"dit": 2.0}, activation=91.4)),
     ]
-    head, _, first, second = printed(write_sweep(tmp_path, *jobs), 80).split("\n\n")[0].splitlines()[-4:]
+    table = printed(write_sweep(tmp_path, *jobs), 80).split("\n\n")[0].partition("\nNot enough room")[0]
+    head, _, first, second = table.splitlines()[-4:]
     assert max(map(len, (head, first, second))) <= 80
     assert "\u2026" not in head + first + second
     assert first.split()[-2:] == ["120.0", "0.950"]
@@ -63,10 +64,17 @@ def test_the_report_reads_as_stored(sweep: Path) -> None:
 
 
 def test_a_narrow_terminal_gets_fewer_columns_and_none_cut(sweep: Path) -> None:
-    table = printed(sweep, 80).split("\n\n")[0]
-    assert max(map(len, table.splitlines())) <= 80
-    assert "reserved" not in table
-    assert "outcome" in table
+    *table, told, end = printed(sweep, 80).split("\n\n")[0].splitlines()
+    assert max(map(len, (*table, told, end))) <= 80
+    assert "reserved" not in " ".join(table)
+    assert any("outcome" in line for line in table)
+    assert f"{told} {end}" == (
+        "Not enough room for process GiB, base GiB, reserved GiB, fidelity dB; report.md has them"
+    )
+
+
+def test_where_all_columns_have_room_nothing_is_said_of_it(sweep: Path) -> None:
+    assert "Not enough room" not in printed(sweep, 160)
 
 
 def test_pictures_are_pictures(sweep: Path) -> None:

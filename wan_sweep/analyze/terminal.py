@@ -60,7 +60,13 @@ def _print_section(section: Section, console: "Console") -> None:
         if table.title:
             console.print(Padding(Text(table.title, style="italic"), (0, 0, 0, _INDENT), expand=False))
         if table.rows:
-            console.print(Padding(_table(table, console.width - _INDENT), (0, 0, 0, _INDENT), expand=False), crop=False)
+            width = console.width - _INDENT
+            columns = _that_fit(_columns(table), width)
+            console.print(Padding(_table(columns), (0, 0, 0, _INDENT), expand=False), crop=False)
+            shown = {one.column.title for one in columns}
+            if titles := ", ".join(column.title for column in table.columns if column.title not in shown):
+                words = Text(f"not enough room for {titles}; --json has them", style="dim")
+                console.print(Padding(words, (0, 0, 0, _INDENT), expand=False))
         left_out = table.num_rows - len(table.rows)
         if left_out:
             console.print(Text(f"{'':{_INDENT}}and {left_out:,} more (--top)", style="dim"))
@@ -100,11 +106,10 @@ class _Cells:
         return wrap(self.column.title, max(longest_word, min(self.width, len(self.column.title))))
 
 
-def _table(table: Table, width: int) -> "rich.table.Table":
+def _table(columns: list[_Cells]) -> "rich.table.Table":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = _that_fit(_columns(table), width)
     shown = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
     for one in columns:
         shown.add_column(

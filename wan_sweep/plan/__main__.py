@@ -15,7 +15,7 @@ from wan_sweep import convert
 from wan_sweep.cards import CARDS, card_named
 from wan_sweep.environment import Machine
 from wan_sweep.errors import UsageError
-from wan_sweep.planner.client import ask, margin_of, nearest_card
+from wan_sweep.planner.client import ask, margin_of, nearest_card, why_nothing_fits
 from wan_sweep.report.pareto import pareto_front
 from wan_sweep.rules import resolve
 from wan_sweep.schema import KNOBS, Job, text
@@ -105,16 +105,16 @@ def _plan(values: dict[str, Any], console: Console) -> int:
             progress.update(bar, description=f"estimate {int(progress.tasks[0].completed) + 1}, of mostly 4 to 10")
 
         answer = ask(one.job, card, vram_bytes=vram_bytes, margin_bytes=margin_bytes, largest=largest, say=say)
-    return _show(answer, vram_bytes, largest, console)
-
-
-def _show(answer: Mapping[str, Any], vram_bytes: int, largest: str | None, console: Console) -> int:
-    best = answer["best"]
-    if best is None:
-        least = min((one["needed_bytes"] for one in answer["refused"] if one["needed_bytes"]), default=0)
-        needs = f" The least that was found needs {format_bytes(least)}." if least else ""
-        console.print(f"Nothing fits into {format_bytes(vram_bytes)}.{needs} Choose fewer frames or a smaller size.")
+    if answer["best"] is None:
+        why = why_nothing_fits(one.job, answer, margin_bytes)
+        console.print(Text(f"Nothing fits into {format_bytes(vram_bytes)}: {why}."), soft_wrap=True)
         return 1
+    _show(answer, largest, console)
+    return 0
+
+
+def _show(answer: Mapping[str, Any], largest: str | None, console: Console) -> None:
+    best = answer["best"]
     workload = answer["workload"]
     if largest:
         console.print(f"Largest: {largest}={workload[largest]}", markup=False)
@@ -137,7 +137,6 @@ def _show(answer: Mapping[str, Any], vram_bytes: int, largest: str | None, conso
         f"'{name}={text(workload[name])}'" for name in ("model", "size", "frame_num", "precision", "kernels")
     )
     console.print(f"\npython -m wan_sweep {asked} {typed}", soft_wrap=True, markup=False)
-    return 0
 
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:

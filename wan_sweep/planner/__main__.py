@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from wan_sweep.cards import card_named
+from wan_sweep.errors import UsageError
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.predict import estimate
 from wan_sweep.planner.search import Found, Search
@@ -40,5 +41,13 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     return search.fastest(largest).to_json()
 
 
+def main() -> None:
+    """Answers, or tells why there is no answer."""
+    try:
+        tell(answer(json.loads(sys.stdin.read())))
+    except UsageError as error:
+        tell({"refusal": str(error)})
+
+
 if __name__ == "__main__":
-    tell(answer(json.loads(sys.stdin.read())))
+    main()

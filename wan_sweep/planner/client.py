@@ -11,6 +11,7 @@ from wan21.errors import UsageError
 from wan_sweep.build import build_layout
 from wan_sweep.cards import CARDS, Card
 from wan_sweep.launch import worker_environment
+from wan_sweep.planner.ladder import host_obstacle
 from wan_sweep.schema import Job
 from wan_sweep.units import GIB, format_bytes
 
@@ -38,7 +39,7 @@ def ask(
     largest: str | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What `search.Found` holds, as plain values, or `{"refusal": ...}`.
+    """What `search.Found` holds, as plain values.
 
     Args:
         job: resolved.
@@ -49,7 +50,7 @@ def ask(
         say: hears what is looked at.
 
     Raises:
-        UsageError: the job has several ranks, or the planner ended without an answer.
+        UsageError: the job has several ranks, an estimate was refused, or the planner ended without an answer.
     """
     layout = build_layout(job)
     if layout.world_size > 1:
@@ -86,7 +87,22 @@ def ask(
         raise UsageError(
             f"the planner ended with exit code {process.returncode} and no answer; its message stands above"
         )
+    if "refusal" in answer:
+        raise UsageError(answer["refusal"])
     return answer
+
+
+def why_nothing_fits(job: Job, answer: Mapping[str, Any], margin_bytes: int) -> str:
+    """What is needed at the least, which budgets of the job stand in the way, and the ways out."""
+    refused = answer["refused"]
+    needs = [one["needed_bytes"] for one in refused if not one["refusal"]]
+    told = "choose fewer frames, a smaller size, or a larger card"
+    if needs:
+        least = format_bytes(min(needs) + margin_bytes)
+        told = f"the least found needs {least}, {format_bytes(margin_bytes)} of it kept free; {told}"
+    elif refused:
+        told = refused[0]["refusal"]
+    return "; ".join(filter(None, (told, host_obstacle(job))))
 
 
 def _mutter(job: Job, words: str) -> None:
@@ -95,23 +111,25 @@ def _mutter(job: Job, words: str) -> None:
 
 
 @functools.cache
+def _answer_for(job: Job, card: Card) -> Mapping[str, Any]:
+    """The planner's answer for a job with `vram_gib`; asked for once, also where nothing fits."""
+    vram_bytes = int((job.vram_gib or 0) * GIB)
+    margin, asked = margin_of(vram_bytes), job.replace(vram_gib=None)
+    return ask(asked, card, vram_bytes=vram_bytes, margin_bytes=margin, say=lambda words: _mutter(job, words))
+
+
 def chosen_for(job: Job, card: Card) -> tuple[Mapping[str, Any], str]:
     """The knobs of the fastest configuration of a job with `vram_gib`, and the choice in words.
 
     Raises:
         UsageError: nothing fits.
     """
-    vram_bytes = int((job.vram_gib or 0) * GIB)
-    margin = margin_of(vram_bytes)
-    asked = job.replace(vram_gib=None)
-    answer = ask(asked, card, vram_bytes=vram_bytes, margin_bytes=margin, say=lambda words: _mutter(job, words))
+    answer, margin = _answer_for(job, card), margin_of(int((job.vram_gib or 0) * GIB))
     best = answer["best"]
     if best is None:
-        least = min((one["needed_bytes"] for one in answer["refused"] if one["needed_bytes"]), default=0)
         raise UsageError(
-            f"vram_gib={job.vram_gib:g} is too little for {job.model} at {job.size} with {job.frame_num} frames: the "
-            f"least found needs {format_bytes(least + margin)}, {format_bytes(margin)} of it kept free; choose fewer "
-            "frames, a smaller size, or a larger card"
+            f"vram_gib={job.vram_gib:g} is too little for {job.model} at {job.size} with {job.frame_num} frames: "
+            + why_nothing_fits(job, answer, margin)
         )
     knobs = best["knobs"]
     words = " ".join(f"{name}={str(value).lower()}" for name, value in knobs.items()) or "no saving"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, product
 
 from wan21.errors import UsageError
+from wan21.waiting import check_host_room
 from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
 from wan_sweep.estimate.lower_bound import (
@@ -110,7 +111,8 @@ def first_tried(job: Job, room_bytes: int) -> Knobs | None:
 
 def _agreeing(job: Job, families: Sequence[Family]) -> Sequence[Family]:
     agreeing = ([rung for rung in family if _agrees(job, rung.knobs)] for family in families)
-    return [family for family in agreeing if family]
+    working = ([rung for rung in family if not _host_refusal(job, rung.knobs)] for family in agreeing)
+    return [family for family in working if family]
 
 
 def _weights(job: Job) -> tuple[int, int]:
@@ -191,6 +193,22 @@ def _agrees(job: Job, knobs: Knobs) -> bool:
     except UsageError:
         return False
     return True
+
+
+def _host_refusal(job: Job, knobs: Knobs) -> str:
+    """Why a rung's weights cannot be streamed within the job's `host_budget_gib`; empty if they can."""
+    try:
+        check_host_room(build_spec(job), build_options(job.replace(**knobs)), job.device)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def host_obstacle(job: Job) -> str:
+    """Why the way to load that takes least of the card is left out for `host_budget_gib`; empty if it is not."""
+    ways: list[Knobs] = [{"load_strategy": "part"}, {"load_strategy": "block"}]
+    least = next((knobs for knobs in ways if _agrees(job, knobs)), None)
+    return "" if least is None else _host_refusal(job, least)
 
 
 def bounds_of(job: Job, card: Card) -> dict[str, float]:

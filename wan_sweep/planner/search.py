@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import Any
 
-from wan21.errors import UsageError
+from wan21.errors import VaeBudgetError
 from wan_sweep.build import build_spec
 from wan_sweep.cards import Card
 from wan_sweep.planner.ladder import (
@@ -157,7 +157,11 @@ class Search:
         self._seen: dict[Job, Choice] = {}
 
     def fastest(self, job: Job) -> Found:
-        """The fastest configuration of a job that fits."""
+        """The fastest configuration of a job that fits.
+
+        Raises:
+            UsageError: an estimate is refused for anything but the VAE's budget.
+        """
         self._seen = {}
         knobs = first_tried(job, self._room_bytes)
         everything = None if knobs is None else self._look(knobs, job)
@@ -234,7 +238,7 @@ class Search:
         bound = bounds_of(asked, self._card)["total"]
         try:
             metrics = self._estimate(asked)["metrics"]
-        except UsageError as error:  # a budget that is too small for the picture
+        except VaeBudgetError as error:
             choice = Choice(
                 knobs=_chosen(asked),
                 needed_bytes=0,

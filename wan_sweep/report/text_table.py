@@ -43,7 +43,11 @@ def _print_part(sheet: Sheet, console: "Console") -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    console.print(_table(_that_fit(columns_of(sheet), console.width)), crop=False)
+    shown, left_out = _that_fit(columns_of(sheet), console.width)
+    console.print(_table(shown), crop=False)
+    if left_out:
+        titles = ", ".join(" ".join(column.title) for column in left_out)
+        console.print(Text(f"Not enough room for {titles}; report.md has them", style="dim"))
     for section in sections(sheet):
         console.print()
         if section.title:
@@ -60,16 +64,21 @@ def broken(name: str) -> str:
     return name.replace("_", "_\n")
 
 
-def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
-    """Return the columns as they fit: names broken, then the least important ones left out, then long words cut."""
+def _that_fit(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:
+    """Return the columns as they fit: names broken, then the least important ones left out, then long words cut.
+
+    Beside them those that were left out, the least important one first.
+    """
     if _width(columns) <= width:
-        return list(columns)
+        return list(columns), []
     shown = [replace(column, title=tuple(broken("\n".join(column.title)).split("\n"))) for column in columns]
+    left_out: list[Column] = []
     while _width(shown) > width:
         least = min(shown, key=lambda column: column.rank)
         if least.rank == max(column.rank for column in shown):
             break
         shown.remove(least)
+        left_out.append(least)
     for most in CELL_WIDTHS:
         if _width(shown) <= width:
             break
@@ -77,7 +86,7 @@ def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
             column if column.is_number else replace(column, cells=tuple(shortened(cell, most) for cell in column.cells))
             for column in shown
         ]
-    return shown
+    return shown, left_out
 
 
 def _width(columns: Sequence[Column]) -> int:

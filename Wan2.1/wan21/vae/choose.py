@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from wan21.errors import UsageError
+from wan21.errors import VaeBudgetError
 from wan21.models import ModelSpec
 from wan21.options import Options
 from wan21.sources import TASK_SOURCES
@@ -30,7 +30,7 @@ def choose_plan(spec: ModelSpec, options: Options, latent_shape: tuple[int, int,
         latent_shape: (t, h, w).
 
     Raises:
-        UsageError: the smallest tiles need more.
+        VaeBudgetError: the smallest tiles need more.
     """
     num_ranks = options.layout.world_size
     if options.vae_budget_gib is None and num_ranks == 1:
@@ -45,7 +45,7 @@ def choose_plan(spec: ModelSpec, options: Options, latent_shape: tuple[int, int,
         least = max(least, EncodeBudget(vae.encoder, latent_shape, itemsize=dtype.itemsize).least_bytes())
     if limit < least:
         t, h, w = latent_shape
-        raise UsageError(
+        raise VaeBudgetError(
             f"vae_budget_gib={options.vae_budget_gib:g} is too little for {t} x {h} x {w} latents in "
             f"{options.vae_precision}; choose {math.ceil(100 * least / GIB) / 100:g} or more, a smaller vae_precision, "
             "a smaller size or fewer frames"

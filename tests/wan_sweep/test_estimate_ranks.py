@@ -1,5 +1,6 @@
 """Estimates of jobs of several ranks: which are gone through, what they take, and what is told of them all."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from wan_sweep.estimate.job import estimate_job
 from wan_sweep.estimate.kernel_table import row_for
 from wan_sweep.estimate.memory import Event, Take
 from wan_sweep.estimate.predict import estimate
-from wan_sweep.estimate.ranks import estimate_ranks, ranks_gone_through
+from wan_sweep.estimate.ranks import estimate_ranks, ranks_gone_through, seldom_collecting
 from wan_sweep.estimate.weights import UndrawnWeights
 from wan_sweep.planner.client import ask
 from wan_sweep.rules import resolve
@@ -236,3 +237,12 @@ def test_several_ranks_are_estimated_on_any_machine_and_not_planned_for() -> Non
 def test_a_stand_in_for_the_card_has_no_process_group_and_says_so() -> None:
     with pytest.raises(GuardError, match=r"ulysses_size=2 cannot be estimated with torch"):
         dry_run(TINY.replace(ulysses_size=2), Simulation(H100, Settings(), device=STAND_IN))
+
+
+def test_python_looks_for_cycles_as_ever_behind_an_estimate() -> None:
+    outer, frozen = gc.get_threshold(), gc.get_freeze_count()
+    with seldom_collecting():
+        assert outer[0] < gc.get_threshold()[0]
+        assert frozen < gc.get_freeze_count()
+    assert outer == gc.get_threshold()
+    assert gc.get_freeze_count() == 0

@@ -5,7 +5,9 @@ of the weights, those between the first and the last draw other pieces of them w
 differ among them, and by that their allocated and reserved memory, by a segment or so.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from wan_sweep.schema import Job
 SinkOf = Callable[[int], Sink]
 """Where the events of the rank of this number go."""
 
+MADE_BEFORE_COLLECTING = 50_000
+"""Objects, where Python's own default looks for cycles after 700: modules and fake tensors are many, and stay."""
+
 
 def estimate_ranks(
     job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink_of: SinkOf = lambda _: SILENT_SINK
@@ -46,7 +51,8 @@ def estimate_ranks(
         for each phase that of the rank with the highest peak.
     """
     like = ranks_gone_through(job)
-    told = {rank: estimate(job, card, settings, sink_of(rank), rank=rank) for rank in sorted(set(like.values()))}
+    with seldom_collecting():
+        told = {rank: estimate(job, card, settings, sink_of(rank), rank=rank) for rank in sorted(set(like.values()))}
     if len(like) == 1:
         return {**told[0], "ranks": [{"rank": 0, "metrics": told[0]["metrics"], "series": told[0]["series"]}]}
     by_rank = {rank: told[other] for rank, other in like.items()}
@@ -65,6 +71,19 @@ def estimate_ranks(
             "seconds": sum(one["estimate"]["seconds"] for one in told.values()),
         },
     }
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """Inside it Python looks for cycles less often, and not among what was there before: all of torch."""
+    outer = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(MADE_BEFORE_COLLECTING, *outer[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*outer)
+        gc.unfreeze()
 
 
 def ranks_gone_through(job: Job) -> dict[int, int]:

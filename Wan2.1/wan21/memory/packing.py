@@ -31,6 +31,11 @@ class Packing:
             offset += aligned(num_bytes)
         self.num_bytes = aligned(offset, num_shares)
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What lies where: packings of which this is equal have the same views of the same buffer."""
+        return tuple(self._places.items())
+
     def share(self, group: Group) -> slice:
         """The bytes of the buffer that a process of this group keeps."""
         size = self.num_bytes // group.size

@@ -122,8 +122,12 @@ def stream(
             put(blocks[piece.block], name, view)
     conveyor = _Conveyor(plan, waiting, runtime)
     entries: dict[int, dict[str, tuple[int, bool]]] = {index: {} for index in range(len(blocks))}
+    views: dict[tuple[object, ...], Mapping[str, torch.Tensor]] = {}  # most pieces are like the one before the last
     for index, piece in enumerate(plan.streamed):
-        for name, view in piece.packing.views(conveyor.places[index]).items():
+        place = (plan.offset(index), *piece.packing.layout)
+        if place not in views:
+            views[place] = piece.packing.views(conveyor.places[index])
+        for name, view in views[place].items():
             put(blocks[piece.block], name, view)
         for part in piece.parts:
             entries[piece.block][part] = (index, part == piece.parts[-1])

@@ -117,7 +117,7 @@ def _at_what_cost(time: Change | None) -> str:
         return ""
     spread = f" ({time.low:+.1f} to {time.high:+.1f} % over repeats)" if time.low != time.high else ""
     if time.is_clear:
-        return f" at {time.pct:+.1f} % of time{spread}" if time.pct > 0 else f" in {-time.pct:.1f} % less time{spread}"
+        return f" in {abs(time.pct):.1f} % {'more' if time.pct > 0 else 'less'} time{spread}"
     return f" in the same time within {time.noise} ({time.pct:+.1f} %)"
 
 

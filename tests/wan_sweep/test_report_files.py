@@ -145,6 +145,25 @@ def test_a_part_of_a_grid_is_a_command_for_each_job(tmp_path: Path) -> None:
     assert "precision=bf16 offload=false" in found[1]
 
 
+def test_what_follows_from_a_swept_knob_is_asked_for_job_by_job(tmp_path: Path) -> None:
+    sizes = {"t2i-14B": "1024*1024", "i2v-14B": "1280*720"}
+    jobs = [
+        record(number, {"model": model}, knobs={**KNOBS, "model": model, "size": size})
+        for number, (model, size) in enumerate(sizes.items(), 1)
+    ]
+    found = commands(read_sheet(write_sweep(tmp_path, *jobs)))
+    assert [[word for word in shlex.split(one) if word.startswith(("model", "size"))] for one in found] == [
+        [f"model={model}", f"size={size}"] for model, size in sizes.items()
+    ]
+
+
+def test_a_refused_job_of_undecided_knobs_leaves_a_grid_one_command(tmp_path: Path) -> None:
+    refused = record(1, {"precision": "fp32"}, outcome="refused", knobs={**KNOBS, "precision": "fp32", "size": None})
+    (command,) = commands(read_sheet(write_sweep(tmp_path, refused, record(2, {"precision": "fp16"}))))
+    assert " -m precision=fp32,fp16 " in command
+    assert "'size=832*480'" in command
+
+
 def test_a_prompt_comes_back_as_hydra_reads_it(tmp_path: Path) -> None:
     prompt = """A "big", black cat's {box} = 1\\2"""
     knobs: dict[str, Any] = {**KNOBS, "prompt": prompt}

@@ -1,10 +1,12 @@
-"""The fastest configuration for cards of usual sizes, from what was measured."""
+"""For cards of usual sizes the fastest configuration of each workload, from what was measured."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from wan_sweep.report.change import NOISE_PCT, differ
 from wan_sweep.report.sheet import TOTAL_SECONDS, Row, Sheet, job_list, word_list
+from wan_sweep.report.workloads import by_workload
 from wan_sweep.units import GIB, format_bytes, format_seconds
 
 CARDS_GIB = (8, 12, 16, 24, 40, 80)
@@ -22,7 +24,11 @@ def advice(sheet: Sheet) -> list[str]:
     known = [row for row in rows if row.needed_bytes() is not None]
     if not known:
         return ["None: what the processes held of the device besides torch's allocator was not recorded."]
-    lines = [_rule(sheet, known), *_by_card(known)]
+    workloads = by_workload(replace(sheet, rows=tuple(known)))
+    lines = [_rule(sheet, known, workloads)]
+    for name, part in workloads:
+        found = _by_card(part.rows) if part.rows[1:] else [_enough_for(part.rows[0])]
+        lines += [f"{name}: {line}" for line in found] if workloads[1:] else found
     left_out = [row for row in rows if row not in known]
     if left_out:
         lines.append(f"Left out, as what it needs in all was not recorded: {job_list(left_out)}.")
@@ -42,15 +48,20 @@ def pick(rows: Sequence[Row], card_gib: int) -> tuple[Row, list[Row]] | None:
     return equal[0], equal[1:]
 
 
-def _rule(sheet: Sheet, rows: Sequence[Row]) -> str:
+def _rule(sheet: Sheet, rows: Sequence[Row], workloads: Sequence[tuple[str, Sheet]]) -> str:
     gpus = word_list(list(dict.fromkeys(row.records[0].environment.get("gpu") or "a GPU" for row in rows)))
     verb = "Measured" if sheet.mode == "measure" else "Estimated"
-    return (
-        f"{verb} for this workload on {gpus}; on another card the time differs. A configuration fits if the most that "
+    which = "each workload by itself" if workloads[1:] else "this workload"
+    rule = (
+        f"{verb} for {which} on {gpus}; on another card the time differs. A configuration fits if the most that "
         "its process held of the device, context and libraries included (process_used; else reserved + outside "
-        "allocator), is at most the card's GiB of 2**30 bytes, with nothing kept in reserve. Fastest is the shortest "
-        f"total; times within {NOISE_PCT:g} % of each other, within what the steps of one run differ by, or within the "
-        "spread of repeats, are equal, and then the least memory wins."
+        "allocator), is at most the card's GiB of 2**30 bytes, with nothing kept in reserve."
+    )
+    if len(workloads) == len(rows):  # nothing to choose from
+        return rule
+    return (
+        f"{rule} Fastest is the shortest total; times within {NOISE_PCT:g} % of each other, within what the steps of "
+        "one run differ by, or within the spread of repeats, are equal, and then the least memory wins."
     )
 
 
@@ -61,6 +72,18 @@ def _by_card(rows: Sequence[Row]) -> list[str]:
         f"{word_list([str(size) for size, _ in sizes])} GiB: {words}"
         for words, sizes in ((words, list(group)) for words, group in groupby(answers, key=lambda pair: pair[1]))
     ]
+
+
+def _enough_for(row: Row) -> str:
+    """Return what the only configuration of a workload needs, and which cards have that."""
+    too_small = [size for size in CARDS_GIB if size * GIB < _needed(row)]
+    enough = [size for size in CARDS_GIB if size not in too_small]
+    cards = [f"{enough[0]} GiB are enough"] if enough else []
+    cards += [f"{too_small[-1]} GiB are not{'' if enough else ' enough'}"] if too_small else []
+    return (
+        f"Job {row.number} ({row.label}) needs {format_bytes(_needed(row))}: {', '.join(cards)}; "
+        f"{format_seconds(_seconds(row))} in total."
+    )
 
 
 def _answer(rows: Sequence[Row], card_gib: int) -> str:

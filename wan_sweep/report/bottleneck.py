@@ -13,6 +13,7 @@ from wan_sweep.report.sheet import (
     Sheet,
     difference_pct,
 )
+from wan_sweep.report.workloads import WORKLOAD
 from wan_sweep.schema import KNOBS, text
 from wan_sweep.units import format_bytes
 
@@ -27,33 +28,22 @@ AT_WORK = {
     "save": frozenset[str](),
 }
 # What is asked for rather than how it is done: another video is no way to save memory.
-_WORKLOAD = frozenset(
+_ASKED_FOR = frozenset(
     {
-        "model",
+        *WORKLOAD,
         "ckpt_dir",
         "weights_seed",
         "mode",
         "device",
         "memory_limit_gib",
-        "size",
-        "frame_num",
         "prompt",
-        "image",
-        "first_frame",
         "last_frame",
-        "src_video",
-        "src_mask",
-        "src_ref_images",
         "vace_context_scale",
         "upstream_quirks",
-        "use_prompt_extend",
         "prompt_extend_target_lang",
-        "batch_size",
         "base_seed",
         "sample_solver",
-        "sample_steps",
         "sample_shift",
-        "sample_guide_scale",
     }
 )
 
@@ -105,7 +95,7 @@ def remedy(row: Row, sheet: Sheet) -> Remedy | None:
     for other in sheet.measured:
         differing = [knob for knob in sorted(row.knobs.keys() | other.knobs.keys()) if _differs(knob, row, other)]
         pct = difference_pct(other.value(PEAK_ALLOCATED), row.value(PEAK_ALLOCATED))
-        if len(differing) == 1 and differing[0] not in _WORKLOAD and pct is not None and pct <= -_LOWER_PCT:
+        if len(differing) == 1 and differing[0] not in _ASKED_FOR and pct is not None and pct <= -_LOWER_PCT:
             found.append(Remedy(other, differing[0], pct, change_of(TOTAL_SECONDS, other, row)))
     return min(found, key=lambda one: (one.peak_pct, one.time.pct if one.time else 0.0), default=None)
 
@@ -127,7 +117,7 @@ def _at_what_cost(time: Change | None) -> str:
         return ""
     spread = f" ({time.low:+.1f} to {time.high:+.1f} % over repeats)" if time.low != time.high else ""
     if time.is_clear:
-        return f" at {time.pct:+.1f} % of time{spread}" if time.pct > 0 else f" in {-time.pct:.1f} % less time{spread}"
+        return f" in {abs(time.pct):.1f} % {'more' if time.pct > 0 else 'less'} time{spread}"
     return f" in the same time within {time.noise} ({time.pct:+.1f} %)"
 
 

@@ -7,6 +7,8 @@ from wan_sweep.report.change import change_of
 from wan_sweep.report.estimates import OUTCOME_WORDS
 from wan_sweep.report.fidelity import LATENTS_MAX_DIFF, MAX_DIFF, SSIM, fidelity_cell, has_fidelity
 from wan_sweep.report.sheet import PEAK_ALLOCATED, PEAK_RESERVED, Row, Sheet, Spread
+from wan_sweep.report.workloads import references, unswept
+from wan_sweep.schema import text
 from wan_sweep.units import format_gib, format_mib, mib
 
 _AXES_WITH_OWN_COLUMN = 4
@@ -49,7 +51,7 @@ def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
         _memory(sheet, ("base", unit), _base, rank=2),
         _memory(sheet, ("peak", unit), lambda row: row.spread(PEAK_ALLOCATED)),
         _memory(sheet, ("reserved", unit), lambda row: row.spread(PEAK_RESERVED), rank=3),
-        *_process(sheet, unit),
+        *_told(_memory(sheet, ("process", unit), lambda row: _single(row.needed_bytes()), rank=1)),
         Column(
             title=("peak in",),
             cells=tuple(row.peak_phase or _NOTHING for row in sheet.rows),
@@ -58,8 +60,8 @@ def columns_of(sheet: Sheet, *, is_full: bool = False) -> list[Column]:
         ),
         _seconds(sheet, step_title, sheet.step_metric),
         _seconds(sheet, ("total", *at_least, "s"), sheet.total_metric, rank=8),
-        _differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED, rank=7),
-        _differences(sheet, ("step", "diff %"), sheet.step_metric, rank=5),
+        *_told(_differences(sheet, ("peak", "diff %"), PEAK_ALLOCATED, rank=7)),
+        *_told(_differences(sheet, ("step", "diff %"), sheet.step_metric, rank=5)),
         *_fidelity(sheet, is_full=is_full),
     ]
     if sheet.has_repeats:
@@ -72,10 +74,24 @@ def _outcome(row: Row) -> str:
 
 
 def _number(sheet: Sheet) -> Callable[[Row], str]:
-    return lambda row: f"{row.number}*" if row is sheet.reference and len(sheet.measured) > 1 else f"{row.number} "
+    known = references(sheet)
+    return lambda row: f"{row.number}*" if row is known.get(row.number) else f"{row.number} "
 
 
 def _what_differs(sheet: Sheet) -> list[Column]:
+    """Return what was swept, and what of the workload differs besides."""
+    return _swept(sheet) + [
+        Column(title=(knob,), cells=tuple(_set(row, knob) for row in sheet.rows), is_number=False, rank=8)
+        for knob in unswept(sheet.records)
+    ]
+
+
+def _set(row: Row, knob: str) -> str:
+    value = row.knobs.get(knob)
+    return _NOTHING if value is None else text(value)
+
+
+def _swept(sheet: Sheet) -> list[Column]:
     if len(sheet.axes) > _AXES_WITH_OWN_COLUMN:
         return [Column(title=("what differs",), cells=tuple(row.label for row in sheet.rows), is_number=False)]
     return [
@@ -88,9 +104,8 @@ def _base(row: Row) -> Spread | None:
     return _single(row.base_bytes())
 
 
-def _process(sheet: Sheet, unit: str) -> list[Column]:
-    """Return what a card must be able to give, where any job knows it."""
-    column = _memory(sheet, ("process", unit), lambda row: _single(row.needed_bytes()), rank=1)
+def _told(column: Column) -> list[Column]:
+    """Return a column if it says anything of any job."""
     return [column] if any(cell != _NOTHING for cell in column.cells) else []
 
 
@@ -101,14 +116,10 @@ def _single(value: float | None) -> Spread | None:
 def _fidelity(sheet: Sheet, *, is_full: bool) -> list[Column]:
     if not has_fidelity(sheet):
         return []
-    found = [
-        Column(
-            title=("fidelity", "dB"),
-            cells=tuple(fidelity_cell(row) or _NOTHING for row in sheet.rows),
-            rank=4,
-        )
-    ]
-    if is_full:
+    found = _told(
+        Column(title=("fidelity", "dB"), cells=tuple(fidelity_cell(row) or _NOTHING for row in sheet.rows), rank=4)
+    )
+    if found and is_full:
         found += [
             _plain(sheet, ("SSIM",), SSIM, "{:.4f}"),
             _plain(sheet, ("max diff", "levels"), MAX_DIFF, "{:g}"),
@@ -149,13 +160,15 @@ def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
 
 
 def _differences(sheet: Sheet, title: tuple[str, str], metric: str, *, rank: int = 9) -> Column:
-    """Return the differences to the reference with their spread; ~ marks those of time that are not told from noise."""
+    """Return the differences within workloads with their spread; ~ marks times that are not told from noise."""
+    known = references(sheet)
     cells = []
     for row in sheet.rows:
-        found = change_of(metric, row, sheet.reference) if sheet.reference else None
+        reference = known.get(row.number)
+        found = change_of(metric, row, reference) if reference else None
         if found is None:
             cells.append(_NOTHING)
-        elif row is sheet.reference:
+        elif row is reference:
             cells.append("0")
         else:
             is_noise = metric != PEAK_ALLOCATED and not found.is_clear

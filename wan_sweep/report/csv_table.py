@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 
 from wan_sweep.record import Record
+from wan_sweep.report.workloads import unswept
 from wan_sweep.schema import text
 from wan_sweep.units import mib
 
@@ -16,7 +17,8 @@ def csv_text(records: Sequence[Record]) -> str:
 
     Where some jobs were measured and others estimated, a column tells which, and estimates have columns of their own.
     """
-    knobs = list(dict.fromkeys(knob for record in records for knob in record.overrides))
+    followed = unswept(records)
+    knobs = [*dict.fromkeys(knob for record in records for knob in record.overrides), *followed]
     if any(record.repeat for record in records):
         knobs.append("repeat")
     if len({record.mode for record in records}) > 1 and "mode" not in knobs:
@@ -28,7 +30,8 @@ def csv_text(records: Sequence[Record]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["job", "outcome", "reason", *knobs, *(column for column, _ in metrics)])
     for record, known in zip(records, numbers, strict=True):
-        settings = {knob: text(value) for knob, value in record.overrides.items()}
+        settings = {knob: "" if (value := record.knobs.get(knob)) is None else text(value) for knob in followed}
+        settings |= {knob: text(value) for knob, value in record.overrides.items()}
         settings |= {"repeat": str(record.repeat), "mode": record.mode}
         values = [
             _tracked_value(name, known[name]) if name in known and _column(record, name) == column else ""

@@ -6,6 +6,8 @@ from itertools import product
 
 from wan_sweep.report.change import Change, change_of
 from wan_sweep.report.sheet import PEAK_ALLOCATED, PHASES, Row, Sheet, difference_pct, phase_peak, shortened
+from wan_sweep.report.workloads import WORKLOAD
+from wan_sweep.schema import Scalar
 
 _NO_CHANGE_PCT = 0.05
 
@@ -96,8 +98,10 @@ def effects(sheet: Sheet) -> list[Effect]:
 
 
 def _effect(sheet: Sheet, knob: str, value: str, base: str) -> Effect:
-    def rest(row: Row) -> Mapping[str, str]:
-        return {name: text for name, text in row.axes.items() if name != knob}
+    def rest(row: Row) -> Mapping[str, Scalar]:
+        """Everything else that was swept, and what follows from the knob by default, such as a model's size."""
+        workload = {name: row.knobs.get(name) for name in WORKLOAD}
+        return {name: value for name, value in (workload | dict(row.axes)).items() if name != knob}
 
     pairs = tuple(
         (row, other)

@@ -14,6 +14,7 @@ from wan_sweep.report.fidelity import fidelity
 from wan_sweep.report.ranks import TITLE as RANKS_TITLE
 from wan_sweep.report.ranks import rank_lines
 from wan_sweep.report.sheet import PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, Spread, job_list, word_list
+from wan_sweep.report.workloads import by_workload, differing
 from wan_sweep.units import format_bytes, format_seconds
 
 # Closer than this, two peaks are named together.
@@ -63,22 +64,57 @@ def sections(sheet: Sheet) -> list[Section]:
 
 
 def headline(sheet: Sheet) -> list[str]:
-    """Return which job is the reference, and which ones are best by memory and by time."""
-    reference, measured = sheet.reference, sheet.measured
+    """Return which jobs are references, and which ones of each workload are best by memory and by time."""
+    measured = sheet.measured
     verb = "measured" if sheet.mode == "measure" else "estimated"
-    if reference is None:
+    if not measured:
         return [f"No job was {verb}, so there is nothing to compare."]
     if len(measured) == 1:
-        return [f"One job was {verb}: {job_list([reference])}."]
-    changes = [change_of(sheet.step_metric, row, reference) for row in measured[1:]]
+        return [f"One job was {verb}: {job_list(measured)}."]
+    workloads = by_workload(sheet)
+    compared = [(name, part) for name, part in workloads if part.rows[1:]]
+    lines = _references(sheet, [part for _, part in compared], verb) if compared else []
+    for name, part in compared:
+        best = _best_ones(part)
+        lines += best if len(workloads) == 1 else [f"{name}: {' '.join(best)}"]
+    lines += _not_compared(measured, [part.rows[0] for _, part in workloads if not part.rows[1:]])
+    if sheet.mode == "estimate":
+        lines.append("Times are lower bounds: operations over the card's peak rate, bytes over its bandwidths.")
+    return lines
+
+
+def _references(sheet: Sheet, parts: list[Sheet], verb: str) -> list[str]:
+    """Return the line on who is compared with whom."""
+    changes = [change_of(sheet.step_metric, row, part.rows[0]) for part in parts for row in part.rows[1:]]
     noise = " ~ marks times that are not told from noise." if any(one and not one.is_clear for one in changes) else ""
-    lines = [f"* Reference for the differences: {job_list([reference])}, the first that was {verb}.{noise}"]
+    first = f"{'each ' if parts[1:] else ''}the first that was {verb}"
+    of_what = " of those that generate the same" if len(sheet.measured) > len(parts[0].rows) else ""
+    jobs = job_list([part.rows[0] for part in parts])
+    return [f"* Reference for the differences: {jobs}, {first}{of_what}.{noise}"]
+
+
+def _not_compared(measured: list[Row], alone: list[Row]) -> list[str]:
+    """Return the line on jobs that generate something that no other job does."""
+    if not alone:
+        return []
+    if len(alone) == len(measured):
+        knobs = differing(measured)
+        what = f"{word_list(knobs)} {'differ' if knobs[1:] else 'differs'}"
+        return [f"Each job generates something else ({what}), so none is compared with another."]
+    generate, compared = ("generate", "they are") if alone[1:] else ("generates", "it is")
+    return [f"No other job generates what {job_list(alone)} {generate}, so {compared} not compared."]
+
+
+def _best_ones(sheet: Sheet) -> list[str]:
+    """Return who is best, in a sheet of one workload."""
+    lines = []
+    measured = sheet.measured
     least = _best(measured, PEAK_ALLOCATED, _are_peaks_apart)
     if least:
         peak = f"peak {format_bytes(least[0].value(PEAK_ALLOCATED) or 0)} allocated"
         lines.append(f"Least memory: {job_list(least[:1])}, {peak}{_ties(least, f'within {_MEMORY_TIE_PCT:g} %')}.")
-    if sheet.mode == "estimate":
-        return [*lines, "Times are lower bounds: operations over the card's peak rate, bytes over its bandwidths."]
+    if sheet.mode == "estimate":  # whose times are no more than bounds
+        return lines
     shortest = _best(measured, TOTAL_SECONDS, differ)
     if shortest:
         total = f"{format_seconds(shortest[0].value(TOTAL_SECONDS) or 0)} in total"

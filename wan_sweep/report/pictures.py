@@ -1,6 +1,8 @@
 """The pictures of a sweep: peaks as stacked bars, memory against time, timelines, memory and time by step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +26,7 @@ from wan_sweep.report.labels import Box, place
 from wan_sweep.report.overlay import Timelines, draw_timelines
 from wan_sweep.report.pareto import pareto_front
 from wan_sweep.report.sheet import LIBRARIES, MODES, PEAK_ALLOCATED, TOTAL_SECONDS, Row, Sheet, difference_pct, job_list
+from wan_sweep.report.workloads import by_workload
 from wan_sweep.units import format_bytes
 
 if TYPE_CHECKING:
@@ -90,38 +93,38 @@ def draw_peaks(sheet: Sheet, path: Path) -> str:
 
 
 def draw_memory_time(sheet: Sheet, path: Path) -> str:
-    """Draw peak memory against the time of the whole job, with the front of those that nothing beats in both."""
+    """Draw peak memory against the time of the whole job, and of each workload those that nothing beats in both."""
     rows = [row for row in sheet.measured if row.value(TOTAL_SECONDS) and row.value(PEAK_ALLOCATED)]
-    points = [
-        (row.value(TOTAL_SECONDS) or 0.0, in_unit(row.value(PEAK_ALLOCATED) or 0.0, is_in_gib=sheet.is_in_gib))
+    points = {
+        row.number: (
+            row.value(TOTAL_SECONDS) or 0.0,
+            in_unit(row.value(PEAK_ALLOCATED) or 0, is_in_gib=sheet.is_in_gib),
+        )
         for row in rows
+    }
+    workloads = by_workload(replace(sheet, rows=tuple(rows)))
+    fronts = [
+        [part.rows[index] for index in pareto_front([points[row.number] for row in part.rows])] for _, part in workloads
     ]
-    front = pareto_front(points)
-    title = _front_title(rows, front)
+    title = _front_title(rows, fronts)
     names = [wrapped(f"{row.number}  {row.label}", _LABEL_CHARACTERS) for row in rows]
     is_named_in_place = len(rows) <= _NAMED_IN_PLACE
     from matplotlib.lines import Line2D
 
     with picture(path, 8.4 if is_named_in_place else 9.4, 5.4 + room_below(names)) as figure:
         axes = figure.add_subplot()
-        if len(front) > 1:
-            xs, ys = [points[index][0] for index in front], [points[index][1] for index in front]
-            axes.plot(xs, ys, color=FAINT, linewidth=1.3, drawstyle="steps-post", zorder=1, label="Pareto front")
+        for (name, part), front, colour in zip(workloads, fronts, cycle(PALETTE), strict=False):
+            best = [points[row.number] for row in front]
+            if workloads[1:]:
+                _draw_front(axes, best, colour, name, marker="o")
+            elif best[1:]:
+                _draw_front(axes, best, FAINT, "Pareto front", marker="")
+            for row in part.rows:
+                _draw_point(axes, points[row.number], colour, is_best=row in front)
+        if len(workloads) <= len(PALETTE) and axes.lines[len(rows) :]:  # of more workloads colours tell nothing
             axes.legend(loc="best")
-        for index, (x, y) in enumerate(points):
-            is_best = index in front
-            face = PALETTE[0] if is_best else "white"
-            axes.plot(
-                x,
-                y,
-                "o",
-                markersize=_MARKER_POINTS,
-                markerfacecolor=face,
-                markeredgecolor=PALETTE[0],
-                zorder=3 + is_best,
-            )
-        axes.set_xlim(*_time_range([x for x, _ in points]))
-        axes.set_ylim(bottom=0, top=max(y for _, y in points) * 1.15)
+        axes.set_xlim(*_time_range([x for x, _ in points.values()]))
+        axes.set_ylim(bottom=0, top=max(y for _, y in points.values()) * 1.15)
         axes.grid(visible=True)
         axes.set_xlabel("time of the whole job [s]")
         axes.set_ylabel(f"peak of allocated device memory [{_unit(sheet)}]")
@@ -130,7 +133,7 @@ def draw_memory_time(sheet: Sheet, path: Path) -> str:
             handles = [Line2D([], [], linestyle="none", label=name) for name in names]
             name_lines(figure, handles, handlelength=0, handletextpad=0)
         in_place = [f"{row.number}  {row.label}" if is_named_in_place else str(row.number) for row in rows]
-        _name_points(figure, axes, points, in_place)
+        _name_points(figure, axes, list(points.values()), in_place)
     return title
 
 
@@ -204,6 +207,32 @@ def _draw_bar_legend(axes: "Axes", bars: list[Bar]) -> None:
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=9, columnspacing=1.3)
 
 
+def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]], colour: str, label: str, *, marker: str) -> None:
+    """Join the points of a front from the shortest time to the longest; the legend shows the marker, too."""
+    axes.plot(
+        *zip(*best, strict=True),
+        marker=marker,
+        markersize=_MARKER_POINTS,
+        color=colour,
+        label=label,
+        linestyle="-" if best[1:] else "none",
+        linewidth=1.3,
+        drawstyle="steps-post",
+        zorder=1,
+    )
+
+
+def _draw_point(axes: "Axes", point: tuple[float, float], colour: str, *, is_best: bool) -> None:
+    axes.plot(
+        *point,
+        "o",
+        markersize=_MARKER_POINTS,
+        markerfacecolor=colour if is_best else "white",
+        markeredgecolor=colour,
+        zorder=3 + is_best,
+    )
+
+
 def _name_points(figure: "Figure", axes: "Axes", points: list[tuple[float, float]], names: list[str]) -> None:
     """Write the names beside the points, after the axes have got their final place."""
     figure.draw_without_rendering()
@@ -254,17 +283,24 @@ def _peaks_title(sheet: Sheet) -> str:
         return f"Peak memory: {peak}" + (f" in {least.peak_phase}" if least.peak_phase else "")
     if change > -0.5:
         return f"Peak memory: all about {peak}"
+    if len(by_workload(sheet)) > 1:
+        highest = format_bytes(most.value(PEAK_ALLOCATED) or 0)
+        return f"Peak memory: from {peak} of job {least.number} to {highest} of job {most.number}"
     return f"Least peak memory: job {least.number}, {peak}, {-change:.0f} % less than job {most.number}"
 
 
-def _front_title(rows: list[Row], front: list[int]) -> str:
-    if len(rows) == 1:
+def _front_title(rows: Sequence[Row], fronts: Sequence[Sequence[Row]]) -> str:
+    """Return who is best in both, where all generate the same."""
+    if len(rows) == len(fronts):  # each alone in its workload
         return "Peak memory and time"
+    if len(fronts) > 1:
+        return "Memory against time: a Pareto front for each workload"
+    (front,) = fronts
     if len(front) == 1:
-        return f"Best in both memory and time: job {rows[front[0]].number} ({rows[front[0]].label})"
+        return f"Best in both memory and time: {job_list(front)}"
     if len(front) == len(rows):
         return "Memory against time: every configuration is on the Pareto front"
-    numbers = job_list([rows[index] for index in sorted(front)])
+    numbers = job_list(sorted(front, key=lambda row: row.number))
     return f"Memory against time: {numbers} are on the Pareto front"
 
 

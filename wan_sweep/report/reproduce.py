@@ -14,14 +14,21 @@ _ALSO_ASKED = ("repeats", "timeout_s")
 
 
 def commands(sheet: Sheet) -> list[str]:
-    """Return one command where the jobs are a full grid, else one per job; knobs at their default are left out."""
+    """Return one command where the jobs are a full grid and all else is the same in them, else one per job.
+
+    Knobs at their default are left out. A job that was refused has not decided all of its knobs, so it is not asked.
+    """
     rows = [row.records[0] for row in sheet.rows]
     if not rows:
         return []
     axes = {knob: list(dict.fromkeys(_value(row.overrides.get(knob)) for row in rows)) for knob in sheet.axes}
-    if prod(len(values) for values in axes.values()) == len(rows):
+    settings = [_unusual(row.knobs, axes) for row in rows if row.outcome != "refused"] or [
+        _unusual(rows[0].knobs, axes)
+    ]
+    is_grid = prod(len(values) for values in axes.values()) == len(rows)
+    if is_grid and all(one == settings[0] for one in settings):
         swept = [f"{knob}={','.join(values)}" for knob, values in axes.items()]
-        return [_command(swept, _unusual(rows[0].knobs, axes), is_sweep=len(rows) > 1)]
+        return [_command(swept, settings[0], is_sweep=len(rows) > 1)]
     return [command_of(row) for row in rows]
 
 

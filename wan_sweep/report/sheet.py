@@ -12,7 +12,7 @@ from wan_sweep.errors import RecordError
 from wan_sweep.headline import PEAK_RANK
 from wan_sweep.record import RECORD_FILE, Record, load_record
 from wan_sweep.report.attribution import Attribution, read_attribution
-from wan_sweep.schema import text
+from wan_sweep.schema import Scalar, text
 from wan_sweep.store import ATTRIBUTION, rank_folder
 from wan_sweep.units import GIB
 
@@ -78,7 +78,7 @@ class Row:
         return self.records[0].mode
 
     @property
-    def knobs(self) -> Mapping[str, object]:
+    def knobs(self) -> Mapping[str, Scalar]:
         """All its knobs, as they were resolved."""
         return self.records[0].knobs
 
@@ -209,7 +209,7 @@ class Sheet:
 
     @property
     def reference(self) -> Row | None:
-        """The first row with numbers: the one that the others are compared with."""
+        """The first row with numbers."""
         return next(iter(self.measured), None)
 
     @property

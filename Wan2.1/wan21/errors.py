@@ -23,7 +23,15 @@ class UsageError(WanError, ValueError):
 
 
 class VaeBudgetError(UsageError):
-    """The VAE's budget is too small for the picture; a larger one, or a smaller number format, may do."""
+    """The VAE's budget is too small for the picture; a larger one, or a smaller number format, may do.
+
+    Attributes:
+        least_gib: the smallest budget that works in this number format.
+    """
+
+    def __init__(self, message: str, least_gib: float) -> None:
+        super().__init__(message)
+        self.least_gib = least_gib
 
 
 class CheckpointError(WanError, ValueError):

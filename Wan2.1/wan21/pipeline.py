@@ -287,6 +287,10 @@ class VideoPipeline:
         for group_index, group in enumerate(groups):
             sampler = self._sampler(request)
             sample = torch.cat([self._noise(request, request.seed + i) for i in group])
+            # What outlives a step gets its place before the model takes memory, and is then written to: in the midst of
+            # what a forward gives back, it would leave the next one no room for its keys and values.
+            sampler.begin(sample)
+            given = sample if condition is None else condition.beside(sample)
             context, *negative = (context.expand(len(group)) for context in contexts)
             rows = (len(group), turns.shape[0], plan.most_rows)
             with self._residual(*rows) as residual, self._steering(request, control, *rows) as steering:
@@ -294,7 +298,6 @@ class VideoPipeline:
                 for index, time in enumerate(times):
                     step = group_index * request.num_steps + index
                     with self._observer.span(Span(kind="step", name="step", index=step, total=total)):
-                        given = sample if condition is None else condition.beside(sample)
                         run = partial(forward, given, time.to(self._runtime.device), opening=self._opening(negative))
 
                         def velocity(context: Context, run: Callable[..., torch.Tensor] = run) -> torch.Tensor:
@@ -304,8 +307,10 @@ class VideoPipeline:
                             flow = guided_together(velocity, context, request.guide_scale, pair)
                         else:
                             flow = guided(velocity, context, negative[0] if negative else None, request.guide_scale)
-                        sample = sampler.step(flow, sample)
-                        del flow, given
+                        sample.copy_(sampler.step(flow, sample))
+                        del flow, velocity, run
+                        if condition is not None:
+                            given[:, : sample.shape[1]].copy_(sample)
             finished += sample.split(1)
         return finished
 

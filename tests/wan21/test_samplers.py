@@ -213,14 +213,31 @@ def test_arguments_are_not_modified(solver: str) -> None:
 def test_history_is_as_small_as_stated_and_gone_at_the_end(solver: str, most: int) -> None:
     sampler = make_sampler(solver, num_steps=6, shift=5.0)
     sample = torch.tensor([0.5])
-    kept = []
+    sampler.begin(sample)
+    kept = [places_held(sampler)]
     for timestep in sampler.timesteps:
         sample = sampler.step(closed_form_velocity(sample, timestep), sample)
-        held = [tensor for value in vars(sampler).values() for tensor in (value if type(value) is tuple else (value,))]
-        kept.append([tensor.data_ptr() for tensor in held if isinstance(tensor, Tensor)])
-    # In the same places from the first step on, and gone with the last one.
-    assert [most] * 5 + [0] == [len(places) for places in kept]
+        kept.append(places_held(sampler))
+    # In the same places from the beginning on, and gone with the last step.
+    assert [most] * 6 + [0] == [len(places) for places in kept]
     assert len({place for places in kept for place in places}) == most
+
+
+def places_held(sampler: Sampler) -> list[int]:
+    """Where the tensors lie that a solver holds on to."""
+    held = [tensor for value in vars(sampler).values() for tensor in (value if type(value) is list else (value,))]
+    return [tensor.data_ptr() for tensor in held if isinstance(tensor, Tensor)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_places_may_also_come_with_the_first_step(solver: str) -> None:
+    paths = []
+    for begins in (True, False):
+        sampler = make_sampler(solver, num_steps=4, shift=5.0)
+        if begins:
+            sampler.begin(latent_noise())
+        paths.append(torch.stack(run(sampler, latent_noise(), closed_form_velocity)))
+    assert torch.equal(*paths)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

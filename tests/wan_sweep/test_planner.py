@@ -47,7 +47,7 @@ class MadeUp:
         self.asked: list[Job] = []
         self._activations = activations
         self._whole = whole
-        self._least_budget = least_budget
+        self.least_budget = least_budget
 
     def __call__(self, one: Job) -> Mapping[str, Any]:
         self.asked.append(one)
@@ -60,8 +60,8 @@ class MadeUp:
         share -= 0.1 * (one.rows_at_once is not None) + 0.2 * one.residual_on_host
         activations = self._activations * one.frame_num / 81 * share
         whole = self._whole * (0.5 if one.vae_precision == "bf16" else 1.0)
-        if one.vae_budget_gib is not None and one.vae_budget_gib < self._least_budget:
-            raise VaeBudgetError("vae_budget_gib is too little")
+        if one.vae_budget_gib is not None and one.vae_budget_gib < self.least_budget:
+            raise VaeBudgetError("vae_budget_gib is too little", self.least_budget)
         decode = VAE + min(whole, one.vae_budget_gib or whole)
         beside = 0.0 if one.offload else T5 + DIT + VAE
         needs = {
@@ -220,6 +220,16 @@ def test_where_too_little_may_wait_on_the_host_no_weights_are_streamed_and_the_a
     assert "with load_strategy=block 1.079 is enough" in told
     assert main([*question, "host_budget_gib=1.1"]) == 0
     assert {one.load_strategy for one in made_up.asked} == {"full", "block"}
+
+
+def test_where_no_tile_fits_into_the_card_the_least_that_would_do_is_looked_at() -> None:
+    found, made_up = fastest(0.8)
+    assert found.best is None
+    least = min((one for one in found.refused if not one.refusal), key=lambda one: one.needed_bytes)
+    assert least.knobs["vae_budget_gib"] == made_up.least_budget
+    # T5 is streamed in parts, and the VAE takes its budget beside its weights.
+    assert least.needed_bytes == int((2.2 + CONTEXT_GIB) * GIB)
+    assert least.needs["decode"] == int((VAE + made_up.least_budget) * GIB)
 
 
 def test_where_no_tile_fits_into_the_chosen_budget_the_answer_is_why(

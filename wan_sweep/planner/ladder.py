@@ -164,7 +164,7 @@ def _denoise_families(job: Job, room_bytes: int) -> list[Family]:
 def _decode_families(job: Job, room_bytes: int) -> list[Family]:
     shape = build_request(job).shape
     whole_bytes = ABOUT_BYTES_PER_PIXEL * shape.height * shape.width
-    budgets = [gib for gib in BUDGETS_GIB if gib * GIB < room_bytes]
+    budgets = [gib for gib in BUDGETS_GIB if gib * GIB < room_bytes] or BUDGETS_GIB[-1:]
     whole = Rung(knobs={}, about_bytes=whole_bytes)
     family = [whole, *(Rung(knobs={"vae_budget_gib": gib}, about_bytes=int(gib * GIB)) for gib in budgets)]
     # Another number format is another video, so it comes last although it is faster.

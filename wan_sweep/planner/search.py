@@ -47,6 +47,7 @@ class Choice:
         needs: of the allocator, by phase; empty where it cannot be at all.
         excess: phases that do not fit, with what they need of the allocator.
         refusal: why it cannot be at all, such as a budget that no tile fits into.
+        least_budget_gib: of the VAE, that would work; 0 where the budget is no obstacle.
     """
 
     knobs: Knobs
@@ -58,6 +59,7 @@ class Choice:
     needs: Mapping[str, int] = field(default_factory=dict)
     excess: Mapping[str, int] = field(default_factory=dict)
     refusal: str = ""
+    least_budget_gib: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For whoever asked."""
@@ -191,7 +193,12 @@ class Search:
 
     def _fits_least(self, job: Job) -> bool:
         """Whether the last rungs fit: the least memory that the knobs can do."""
-        return not self._look(smallest(ladders(job, self._room_bytes), self._room_bytes), job).excess
+        knobs = smallest(ladders(job, self._room_bytes), self._room_bytes)
+        choice = self._look(knobs, job)
+        if choice.least_budget_gib and job.vae_budget_gib is None:
+            # There is no room for it, but so one hears how much there would have to be.
+            choice = self._look({**knobs, "vae_budget_gib": choice.least_budget_gib}, job)
+        return not choice.excess
 
     def _descend(self, job: Job) -> Choice | None:
         """Goes down both ladders at once, for an estimate tells of all phases; then looks at what is beside the best.
@@ -248,6 +255,7 @@ class Search:
                 limited_by=str(error),
                 excess={"decode": self._room_bytes},
                 refusal=str(error),
+                least_budget_gib=error.least_gib,
             )
         else:
             choice = self._judge(asked, metrics, bound)

@@ -3,7 +3,6 @@
 Letters: m an estimate of the data; index i is the step at hand, i - 1 the one before.
 """
 
-import torch
 from torch import Tensor
 
 from wan21.samplers.sampler import Sampler
@@ -28,22 +27,19 @@ class DPMSolverPP(Sampler):
         Kept between steps: one estimate.
     """
 
+    num_kept = 1  # m[i - 1]
+
     def __init__(self, *, num_steps: int, shift: float) -> None:
         super().__init__(make_schedule(num_steps, shift=shift, sigma_max=DPMPP_SIGMA_MAX))
-        self._previous: Tensor | None = None  # m[i - 1]
 
     def _advance(self, index: int, data: Tensor, sample: Tensor) -> Tensor:
         sigmas, alphas, lambdas = self._schedule.sigmas, self._schedule.alphas, self._schedule.lambdas
         h = lambdas[index + 1] - lambdas[index]
         scale = alphas[index + 1] * (exp(-h) - ONE)
         prediction = float(sigmas[index + 1] / sigmas[index]) * sample - float(scale) * data
-        if self._previous is not None:
+        (previous,) = self._kept
+        if index > 0:
             r = (lambdas[index] - lambdas[index - 1]) / h
-            prediction -= float(HALF * scale) * (float(ONE / r) * (data - self._previous))
-        else:
-            self._previous = torch.empty_like(data)
-        self._previous.copy_(data)  # in the same place: no step leaves something new in device memory
+            prediction -= float(HALF * scale) * (float(ONE / r) * (data - previous))
+        previous.copy_(data)
         return prediction
-
-    def _forget(self) -> None:
-        self._previous = None

@@ -1,6 +1,7 @@
 """What every solver has in common. An object serves one run, in order, and then is used up."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ class Sampler(ABC):
     if the first two timesteps are the same integer, which happens at many steps, and then fails at the end.)
 
     Attributes:
+        num_kept: of a kind of solver: how many tensors like the sample it keeps between steps.
         timesteps: integers for the model, in the order of the steps.
         sigmas: the noise level of each step, and the 0 that the last one reaches.
     """
 
+    num_kept: ClassVar[int]
     timesteps: list[int]
     sigmas: list[float]
 
@@ -31,12 +34,24 @@ class Sampler(ABC):
         self.sigmas = [float(sigma) for sigma in schedule.sigmas]
         self._schedule = schedule
         self._num_done = 0
+        self._kept: list[Tensor] = []
+
+    def begin(self, noise: Tensor) -> None:
+        """Makes the places of what is kept between steps; without it the first step makes them.
+
+        A run calls it before the model computes: what outlives a step would otherwise lie in the midst of the memory
+        that the model has just given back, and the next forward would find no room there for its keys and values
+        (T2V-14B, 1280*720: 1.4 GiB more reserved).
+
+        Args:
+            noise: what the run starts from; not modified.
+        """
+        self._kept = [torch.empty_like(noise) for _ in range(self.num_kept)]
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next noise level.
 
-        Neither argument is modified. The solver may hold on to the sample until the next step, so it is not to be
-        modified by the caller either.
+        Neither argument is modified, and the solver holds on to neither.
 
         Args:
             velocity: the model's output for `sample` at this step's timestep, [...] in float32, on any device.
@@ -50,8 +65,8 @@ class Sampler(ABC):
             RuntimeError: the run is over.
 
         Memory:
-            Tensors like the sample, beside the two arguments. Kept between steps: named by the solver, and none after
-            the last step. While a step runs: up to five more, the result included.
+            Tensors like the sample, beside the two arguments. Kept between steps: `num_kept`, in the same places, and
+            none after the last step. While a step runs: up to five more, the result included.
         """
         for name, tensor in (("velocity", velocity), ("sample", sample)):
             if tensor.dtype != torch.float32:
@@ -62,20 +77,18 @@ class Sampler(ABC):
         self._num_done += 1
         data = sample - self.sigmas[index] * velocity
         if self._num_done == len(self.timesteps):
-            self._forget()
+            self._kept = []
             return data
+        if not self._kept:
+            self.begin(sample)
         return self._advance(index, data, sample)
 
     @abstractmethod
     def _advance(self, index: int, data: Tensor, sample: Tensor) -> Tensor:
-        """The sample at noise level `index + 1`, which is not the last one.
+        """The sample at noise level `index + 1`, which is not the last one; writes to what is kept.
 
         Args:
             index: number of the step, from 0.
             data: the estimate of the data at this step.
             sample: the sample that the estimate was made from.
         """
-
-    @abstractmethod
-    def _forget(self) -> None:
-        """Lets go of every tensor."""

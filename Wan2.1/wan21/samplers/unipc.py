@@ -44,21 +44,21 @@ class UniPC(Sampler):
         product_dtype: in which a weight is multiplied with the older slope.
 
     Memory:
-        Kept between steps: two estimates and one sample, in the same places from the first step to the last but one.
+        Kept between steps: two estimates and one sample.
     """
+
+    num_kept = 3  # m[i - 1], m[i - 2], x[i - 1]
 
     def __init__(self, *, num_steps: int, shift: float, product_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(make_schedule(num_steps, shift=shift, sigma_max=UNIPC_SIGMA_MAX))
         self._product_dtype = product_dtype
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # m[i - 1], m[i - 2], x[i - 1]
 
     def _advance(self, index: int, data: Tensor, sample: Tensor) -> Tensor:
-        previous, earlier, corrected = self._kept or tuple(torch.empty_like(data) for _ in range(3))
+        previous, earlier, corrected = self._kept
         if index > 0:
             sample = self._correct(index, data, previous, earlier if index > 1 else None, corrected)
         prediction = self._predict(index, data, sample, previous if index > 0 else None)
-        # Copied into places that are there from the first step on: no step leaves something new in device memory.
-        self._kept = (earlier.copy_(data), previous, corrected.copy_(sample))
+        self._kept = [earlier.copy_(data), previous, corrected.copy_(sample)]
         return prediction
 
     def _correct(self, index: int, data: Tensor, previous: Tensor, earlier: Tensor | None, corrected: Tensor) -> Tensor:
@@ -94,6 +94,3 @@ class UniPC(Sampler):
         if self._product_dtype == slope.dtype:
             return float(weight) * slope
         return float(torch.tensor(float(weight), dtype=self._product_dtype)) * slope.to(self._product_dtype)
-
-    def _forget(self) -> None:
-        self._kept = None

@@ -45,9 +45,11 @@ def choose_plan(spec: ModelSpec, options: Options, latent_shape: tuple[int, int,
         least = max(least, EncodeBudget(vae.encoder, latent_shape, itemsize=dtype.itemsize).least_bytes())
     if limit < least:
         t, h, w = latent_shape
+        least_gib = math.ceil(100 * least / GIB) / 100
         raise VaeBudgetError(
             f"vae_budget_gib={options.vae_budget_gib:g} is too little for {t} x {h} x {w} latents in "
-            f"{options.vae_precision}; choose {math.ceil(100 * least / GIB) / 100:g} or more, a smaller vae_precision, "
-            "a smaller size or fewer frames"
+            f"{options.vae_precision}; choose {least_gib:g} or more, a smaller vae_precision, a smaller size or fewer "
+            "frames",
+            least_gib,
         )
     return budget.best_plan(limit, num_ranks)

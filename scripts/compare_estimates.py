@@ -138,7 +138,7 @@ def by_phase(pairs: Sequence[Pair]) -> list[str]:
         worst = max(those, key=lambda one: abs(one.error(peak)))
         equal = sum(one.error(peak) == 0 for one in those)
         middle = median(abs(one.error(peak)) for one in those)
-        beside = "0 | | | "
+        beside = "0 | | |"
         if worst.error(peak):
             sizes = format_bytes(worst.measured[peak]), format_bytes(worst.estimated.get(peak, 0))
             beside = f"{worst.error(peak):+.3f} | {' | '.join(sizes)} | {worst.label}"

@@ -97,10 +97,9 @@ class CudaChoices(TorchFunctionMode):
         width = value.shape[-1]
         if kernel == "cudnn":
             out = torch.empty_like(query)
-            # Of dropout, that there is none of: a seed and an offset; then what the kernel works in.
-            beside = [query.new_empty((), dtype=torch.int64) for _ in range(2)]
-            beside.append(query.new_empty(CUDNN_ATTENTION_BYTES, dtype=torch.uint8))
-            del beside
+            # A seed and an offset for dropout, though there is none, and what the kernel works in; gone on return.
+            _dropout = [query.new_empty((), dtype=torch.int64) for _ in range(2)]
+            _workspace = query.new_empty(CUDNN_ATTENTION_BYTES, dtype=torch.uint8)
             return out
         out = query.new_empty(batch, length, heads, width)
         beside = None

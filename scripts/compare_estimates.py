@@ -29,6 +29,8 @@ from wan_sweep.units import format_bytes
 PHASES = ("load", "encode_text", "denoise", "decode", "save")
 COUNTERS = ("requested", "allocated", "reserved")
 PEAKS = tuple((phase, counter) for phase in PHASES for counter in COUNTERS)
+RANDOM = "random"
+"""How the names of jobs begin that run_estimate_check.py has drawn."""
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 UNTOLD = frozenset(
     (
@@ -41,9 +43,14 @@ UNTOLD = frozenset(
         "resume",
         "share_gpu",
         "name",
+        "description",
         "output_root",
         "sample_steps",
         "sample_shift",
+        "sample_guide_scale",
+        "memory_limit_gib",
+        "profile_memory",
+        "trace",
     )
 )
 """Knobs that say nothing about memory, or are the same in all jobs."""
@@ -131,10 +138,11 @@ def by_phase(pairs: Sequence[Pair]) -> list[str]:
         worst = max(those, key=lambda one: abs(one.error(peak)))
         equal = sum(one.error(peak) == 0 for one in those)
         middle = median(abs(one.error(peak)) for one in those)
-        lines.append(
-            f"| {peak[0]} | {peak[1]} | {equal} of {len(those)} | {middle:.3f} | {worst.error(peak):+.3f} | "
-            f"{format_bytes(worst.measured[peak])} | {format_bytes(worst.estimated.get(peak, 0))} | {worst.label} |"
-        )
+        beside = "0 | | |"
+        if worst.error(peak):
+            sizes = format_bytes(worst.measured[peak]), format_bytes(worst.estimated.get(peak, 0))
+            beside = f"{worst.error(peak):+.3f} | {' | '.join(sizes)} | {worst.label}"
+        lines.append(f"| {peak[0]} | {peak[1]} | {equal} of {len(those)} | {middle:.3f} | {beside} |")
     return lines
 
 
@@ -146,18 +154,29 @@ def by_job(pairs: Iterable[Pair]) -> list[str]:
         f"| --- |{' --: |' * (len(told) + 1)}",
     ]
     for one in pairs:
-        cells = [f"{one.error(peak):+.3f}" if peak in one.measured else "" for peak in told]
+        cells = [_cell(one.error(peak)) if peak in one.measured else "" for peak in told]
         lines.append(f"| {one.label} | {' | '.join(cells)} | {one.seconds:.1f} |")
     return lines
+
+
+def _cell(error: float) -> str:
+    return f"{error:+.3f}" if error else "0"
 
 
 def tables(paths: Sequence[Path], at_once: int) -> str:
     """The comparison as Markdown."""
     every = [record for path in paths for record in records_in(path)]
     good = [record for record in every if record.outcome == "ok" and record.mode == "measure"]
+    different: dict[str, Record] = {}
+    for record in good:
+        different.setdefault(label(record), record)
     with ThreadPoolExecutor(at_once) as pool:  # each waits for a process
-        pairs = list(pool.map(pair, good))
-    head = f"{len(good)} measured jobs of {len(every)} records. Errors are those of the estimate, in percent."
+        pairs = list(pool.map(pair, different.values()))
+    drawn = sum(str(record.knobs.get("name")).startswith(RANDOM) for record in different.values())
+    head = (
+        f"{len(different)} configurations, {drawn} of them drawn at random, from {len(good)} measured jobs of "
+        f"{len(every)} records. Errors are those of the estimate, in percent."
+    )
     return "\n".join([head, "", *by_phase(pairs), "", *by_job(pairs)])
 
 

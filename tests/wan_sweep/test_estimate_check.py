@@ -33,7 +33,9 @@ if "breaks" in told["name"]:
     sys.exit("something broke")
 folder = root / told["name"] / "now" / "1_job"
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "record.json").write_text((root / "made_up.json").read_text())
+record = json.loads((root / "made_up.json").read_text())
+record["knobs"] |= {"name": told["name"]} | ({"frame_num": 5} if "random" in told["name"] else {})
+(folder / "record.json").write_text(json.dumps(record))
 """
 
 
@@ -132,7 +134,7 @@ def test_at_the_end_of_its_time_it_ends_what_is_under_way_and_keeps_the_rest(
 def test_the_comparison_reads_the_archive_and_names_the_worst(
     check: ModuleType, compare: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(check, root, ["one", "two"], lanes=["0"])
+    run(check, root, ["one", "random01", "two"], lanes=["0"])  # the last one is the first again
 
     def estimated(one: Record, _: Path) -> dict[str, object]:
         metrics = dict(one.metrics) | {"memory/peak/denoise/allocated_bytes": 20 * GIB}
@@ -140,10 +142,10 @@ def test_the_comparison_reads_the_archive_and_names_the_worst(
 
     monkeypatch.setattr(compare, "estimated", estimated)
     lines = compare.tables([root / "pack.tar.gz"], 1).splitlines()
-    assert lines[0].startswith("2 measured jobs of 2 records.")
+    assert lines[0].startswith("2 configurations, 1 of them drawn at random, from 3 measured jobs of 3 records.")
     (denoise,) = [line for line in lines if line.startswith("| denoise | allocated")]
     (decode,) = [line for line in lines if line.startswith("| decode | allocated")]
     assert "| 0 of 2 |" in denoise
     assert "| 20.00 GiB |" in denoise
-    assert "| 2 of 2 | 0.000 | +0.000 |" in decode
+    assert "| 2 of 2 | 0.000 | 0 | | | |" in decode
     assert sum(line.endswith("| 7.5 |") for line in lines) == 2

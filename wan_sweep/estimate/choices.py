@@ -22,6 +22,8 @@ FLASH_MOST_HEAD_DIM = 256
 CUDNN_MOST_HEAD_DIM = 256
 EFFICIENT_IN_REGISTERS = 128
 """Wider heads of the memory-efficient kernel do not fit into registers: their sums wait in memory, in float32."""
+CUDNN_ATTENTION_BYTES = 256
+"""What cuDNN's attention asks for to work in, whatever the shapes; seen on an H200 (torch 2.11, cuDNN 9.19)."""
 HALF = (torch.float16, torch.bfloat16)
 
 _BACKENDS: Mapping[Attention, SDPBackend] = {
@@ -94,7 +96,11 @@ class CudaChoices(TorchFunctionMode):
         batch, heads, length, _ = query.shape
         width = value.shape[-1]
         if kernel == "cudnn":
-            return torch.empty_like(query)
+            out = torch.empty_like(query)
+            # A seed and an offset for dropout, though there is none, and what the kernel works in; gone on return.
+            _dropout = [query.new_empty((), dtype=torch.int64) for _ in range(2)]
+            _workspace = query.new_empty(CUDNN_ATTENTION_BYTES, dtype=torch.uint8)
+            return out
         out = query.new_empty(batch, length, heads, width)
         beside = None
         if kernel == "flash":

@@ -58,6 +58,7 @@ def split_channels(count: int) -> tuple[int, int]:
     return max(MIN_K, min(128, 1 << (count - 1).bit_length())), 0
 
 
+@cache
 def fits_one_program(count: int) -> bool:
     """Whether a program holds all output channels of a position, so that it can normalise them."""
     return sum(split_channels(count)) >= count

@@ -87,11 +87,11 @@ class Decoder(nn.Module):
         Returns:
             [B, C', T, H / 2, W / 2] for the default sizes; T is 1 for the first latent frame, else 4.
         """
-        layers = self.upsamples[self.first_upsampling : self.last_upsampling]
+        layers = list(self.upsamples)[self.first_upsampling : self.last_upsampling]  # a ModuleList's slice is a module
         if self.kernels == "fused":
             given = [x]
             del x  # only the list holds it now
-            return fused.run(list(layers), given, past)
+            return fused.run(layers, given, past)
         for layer in layers:
             x = layer(x, past)
         return x
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         x stays.
         """
         if frames_at_once is None or frames_at_once >= x.shape[2]:
-            layers = self.upsamples[self.last_upsampling :]
+            layers = list(self.upsamples)[self.last_upsampling :]
             if self.kernels == "fused":
                 given = [x]
                 del x  # only the list holds it now

@@ -33,6 +33,16 @@ JOBS = {
 }
 
 
+WINDOWED = [
+    {"attention_slicing": True},
+    {"residual_on_host": 0.5},
+    {"kernels": "fused"},
+    {"ring_size": 2},
+    {"ulysses_size": 2, "attention_slicing": True},
+    {"model": "tiny", "load_strategy": "block", "cfg_parallel": True, "share_first_attention": True},
+]
+
+
 def highest(simulation: Simulation) -> dict[str, tuple[object, ...]]:
     """Where each phase's peak was, what asked for it, and what was there besides."""
     return {
@@ -83,14 +93,12 @@ def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(
     assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
 
 
-@pytest.mark.parametrize(
-    "knobs", [{"attention_slicing": True}, {"residual_on_host": 0.5}, {"kernels": "fused"}], ids=str
-)
+@pytest.mark.parametrize("knobs", WINDOWED, ids=str)
 def test_every_window_of_a_loop_asks_for_what_an_equal_one_did(
     monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
 ) -> None:
-    job = Job(model="tiny-vace", device="cuda", size="160*96", frame_num=17, sample_steps=1, load_strategy="part")
-    job = job.replace(rows_at_once=64, offload=True, **knobs)
+    job = Job(model="tiny-vace", device="cuda", size="160*96", frame_num=17, sample_steps=1)
+    job = job.replace(**{"load_strategy": "part", "rows_at_once": 64, "offload": True, **knobs})
     bodies = 0
 
     def counted(self: Operations, *args: Any) -> Any:
@@ -112,7 +120,7 @@ def test_every_window_of_a_loop_asks_for_what_an_equal_one_did(
     monkeypatch.setattr(Replays, "loops", lambda _: nullcontext())
     *long, many = run()
     assert short == long
-    assert few < many / 2  # five windows, of which the last is shorter
+    assert few < 0.9 * many  # five windows here, of which the last is shorter; of two ranks three each
 
 
 def test_kernels_of_our_own_pass_through_a_fake_device_and_decoding_asks_for_less() -> None:

@@ -159,8 +159,7 @@ def dry_run(
     assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
     choose_plan(spec, options, request.shape.latent)  # which is kept; outside of the run torch builds modules faster
     error: Exception | None = None
-    loops = simulation.replays.loops() if options.layout.world_size == 1 else nullcontext()  # others exchange in them
-    with fake_world(options.layout, rank, runtime) as world, simulation.running(), loops:
+    with fake_world(options.layout, rank, runtime) as world, simulation.running(), simulation.replays.loops():
         try:
             runtime.warm_up()
         except torch.OutOfMemoryError as caught:  # a limit that not even the libraries fit into

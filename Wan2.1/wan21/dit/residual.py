@@ -50,9 +50,15 @@ def row_slices(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_rows))
 
 
-def windows(residual: Residual, size: int, *, reads: bool = True, writes: bool = False) -> Iterator[Window]:
-    """All tokens, in order: views of one tensor of `size` rows each, or what a windowed residual yields."""
-    return AS_RUN.get()(_windows(residual, size, reads=reads, writes=writes))
+def windows(
+    residual: Residual, size: int, *, reads: bool = True, writes: bool = False, each: bool = False
+) -> Iterator[Window]:
+    """All tokens, in order: views of one tensor of `size` rows each, or what a windowed residual yields.
+
+    With `each` no window may be left out, whatever the runtime, for the loop hands something on to the next window.
+    """
+    parts = _windows(residual, size, reads=reads, writes=writes)
+    return parts if each else AS_RUN.get()(parts)
 
 
 def pairs(written: Residual, read: Residual, size: int, *, reads: bool) -> Iterator[tuple[Window, Window]]:
@@ -67,9 +73,10 @@ def _windows(residual: Residual, size: int, *, reads: bool = True, writes: bool 
     return residual.windows(reads=reads, writes=writes)
 
 
-def chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:
-    """Views of [B, rows, D], `size` rows each, the first of which is token number `first`."""
-    return AS_RUN.get()(_chunks(x, size, first))
+def chunks(x: torch.Tensor, size: int, first: int = 0, *, each: bool = False) -> Iterator[Window]:
+    """Views of [B, rows, D], `size` rows each, the first of which is token number `first`; `each` as of windows."""
+    parts = _chunks(x, size, first)
+    return parts if each else AS_RUN.get()(parts)
 
 
 def _chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:

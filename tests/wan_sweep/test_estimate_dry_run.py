@@ -1,8 +1,12 @@
 """The whole pipeline on a fake device, where shortcuts and stand-ins must not change a byte."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 
+from wan21.dit.operations import FusedOperations, Operations
 from wan21.models import MODELS
 from wan21.text.umt5 import TextEncoder
 from wan21.weights.load import materialize
@@ -13,6 +17,7 @@ from wan_sweep.cards import card_named
 from wan_sweep.estimate.dry_run import DryRun, Simulation, dry_run
 from wan_sweep.estimate.fake_device import STAND_IN
 from wan_sweep.estimate.memory import Event, Take
+from wan_sweep.estimate.replay import Replays
 from wan_sweep.estimate.weights import UndrawnWeights
 from wan_sweep.schema import Job
 
@@ -26,6 +31,16 @@ JOBS = {
     ),
     "batch": TINY.replace(batch_size=3, micro_batch_size=2, t5_cpu=True, sample_guide_scale=1, sample_solver="dpm++"),
 }
+
+
+WINDOWED = [
+    {"attention_slicing": True},
+    {"residual_on_host": 0.5},
+    {"kernels": "fused"},
+    {"ring_size": 2},
+    {"ulysses_size": 2, "attention_slicing": True},
+    {"model": "tiny", "load_strategy": "block", "cfg_parallel": True, "share_first_attention": True},
+]
 
 
 def highest(simulation: Simulation) -> dict[str, tuple[object, ...]]:
@@ -76,6 +91,36 @@ def test_running_every_block_gives_the_same_bytes_as_repeating_the_first(
     assert bytes_of(every) == bytes_of(predicted)
     assert every.series["step/reserved_bytes"] == predicted.series["step/reserved_bytes"]
     assert every.series["step/allocated_bytes"] == predicted.series["step/allocated_bytes"]
+
+
+@pytest.mark.parametrize("knobs", WINDOWED, ids=str)
+def test_every_window_of_a_loop_asks_for_what_an_equal_one_did(
+    monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+) -> None:
+    job = Job(model="tiny-vace", device="cuda", size="160*96", frame_num=17, sample_steps=1)
+    job = job.replace(**{"load_strategy": "part", "rows_at_once": 64, "offload": True, **knobs})
+    bodies = 0
+
+    def counted(self: Operations, *args: Any) -> Any:
+        nonlocal bodies
+        bodies += 1
+        return add(self, *args)
+
+    add = (FusedOperations if job.kernels == "fused" else Operations).add
+    monkeypatch.setattr(FusedOperations if job.kernels == "fused" else Operations, "add", counted)
+
+    def run() -> tuple[list[Event], dict[str, tuple[object, ...]], dict[str, int | float], int]:
+        nonlocal bodies
+        bodies, heard, simulation = 0, [], Simulation(H100, Settings())
+        simulation.memory.listeners.append(heard.append)
+        counted_bytes = bytes_of(dry_run(job, simulation))
+        return heard, highest(simulation), counted_bytes, bodies
+
+    *short, few = run()
+    monkeypatch.setattr(Replays, "loops", lambda _: nullcontext())
+    *long, many = run()
+    assert short == long
+    assert few < 0.9 * many  # five windows here, of which the last is shorter; of two ranks three each
 
 
 def test_kernels_of_our_own_pass_through_a_fake_device_and_decoding_asks_for_less() -> None:

@@ -107,8 +107,8 @@ class Simulation:
         self.card = card
         self.device = fake_device() if device is None else device
         self.memory = DeviceMemory(Allocator(settings, capacity_bytes=capacity_bytes, device_bytes=card.device_bytes))
-        replays = Replays(self.memory, is_on=repeats_blocks)
-        self.runtime = EstimatingRuntime(self.device, self.memory, card, replays)
+        self.replays = Replays(self.memory, is_on=repeats_blocks)
+        self.runtime = EstimatingRuntime(self.device, self.memory, card, self.replays)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ def dry_run(
     assets = Assets(UndrawnWeights(spec, runtime, memory), tokenizer, "never drawn")
     choose_plan(spec, options, request.shape.latent)  # which is kept; outside of the run torch builds modules faster
     error: Exception | None = None
-    with fake_world(options.layout, rank, runtime) as world, simulation.running():
+    with fake_world(options.layout, rank, runtime) as world, simulation.running(), simulation.replays.loops():
         try:
             runtime.warm_up()
         except torch.OutOfMemoryError as caught:  # a limit that not even the libraries fit into

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan21.dit.layers import Slicing
-from wan21.dit.residual import Windowed
+from wan21.dit.residual import AS_RUN, Windowed
 from wan21.dit.tokens import Tokens
 from wan_sweep.estimate.memory import DeviceMemory, Event, Give, Repetition, Take
 
@@ -76,6 +76,32 @@ class Replays:
         for index, block in enumerate(blocks):
             with self._memory.at(replace(self._memory.place, block=index)):
                 yield _Replayed(block, self) if self._is_on else block
+
+    def over(self, parts: Iterator[Any]) -> Iterator[Any]:
+        """The parts of a loop that its body has to see: of equal ones in a row one, whose events are repeated.
+
+        Every event is gone through, so that whoever listens hears what a loop over all parts would do.
+        """
+        events: list[Event] = []
+        of: object = None
+        for part in parts:
+            if of is not None and of == _window_signature(part):
+                self._memory.go_through(events)
+                continue
+            with self._listening() as events:
+                yield part
+            # What the body keeps, or lets go of that was there before, it may do once only.
+            of = _window_signature(part) if _lasting(events) == set() else None
+
+    @contextmanager
+    def loops(self) -> Iterator[None]:
+        """Inside it loops over windows run as `over` says."""
+        before = AS_RUN.set(self.over) if self._is_on else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                AS_RUN.reset(before)
 
     def run(self, block: nn.Module, args: tuple[Any, ...]) -> Any:  # noqa: ANN401 # whatever a block returns
         """What the block returns for these arguments.
@@ -187,6 +213,13 @@ def _signature(value: object) -> object:
     if isinstance(value, Tokens):  # a run has one kind of them, which may hold places for what arrives
         return type(value)
     return value
+
+
+def _window_signature(part: object) -> object:
+    """Likewise, of a window, or of several: where it lies decides nothing, how long it is does."""
+    if isinstance(part, tuple):
+        return tuple(map(_window_signature, part))
+    return part.stop - part.start if isinstance(part, slice) else _signature(part)
 
 
 def _lasting(events: list[Event]) -> set[int] | None:

@@ -99,6 +99,7 @@ class SelfAttention(nn.Module):
         """
         run = self.operations
         num_tokens, tokens = residual.shape[1], slicing.tokens
+        each = tokens.exchanges or attend is not run.attend  # somebody else is spoken with, or remembers
         size = tokens.window(chunk_rows(residual.shape, slicing.most_rows))
         whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
 
@@ -121,14 +122,14 @@ class SelfAttention(nn.Module):
             with part("keys"):
                 if whole:
                     parts.enter_context(part("queries"))
-                v, k, *q = tokens.collect(windows(residual, size), form, _wholes(room, with_queries=whole))
+                v, k, *q = tokens.collect(windows(residual, size, each=each), form, _wholes(room, with_queries=whole))
             if not whole:
                 parts.enter_context(part("queries"))
-            for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True):
+            for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True, each=each):
                 if not whole:
                     shape = (*window.shape[:2], self.num_heads, window.shape[2] // self.num_heads)
                     room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
-                    q = [*tokens.collect(chunks(window, size, rows.start), form_queries, (room_of_slice,))]
+                    q = [*tokens.collect(chunks(window, size, rows.start, each=each), form_queries, (room_of_slice,))]
                     del room_of_slice  # or it would stand beside the outputs
                 for part_rows, heads in tokens.read(attend, q.pop(), k, v, size):
                     branch = run.linear(self.o, heads)

@@ -21,7 +21,7 @@ from wan21.dit.image import ImageEmbedding
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
-from wan21.dit.residual import Outs, Residual, Windowed, collect, windows
+from wan21.dit.residual import Outs, Residual, Windowed, collect, pairs, windows
 from wan21.dit.vace import Control, VaceBlock
 from wan21.models import DitConfig
 from wan21.rope import rotations
@@ -289,9 +289,7 @@ class Dit(nn.Module):
         size = chunk_rows(x.shape, plan.most_rows)
         stream = control.residual
         steering = torch.empty(x.shape, dtype=torch.float32, device=patches.device) if stream is None else stream
-        for (rows, window), (_, own) in zip(
-            windows(steering, size, reads=False, writes=True), windows(x, size), strict=True
-        ):
+        for (rows, window), (_, own) in pairs(steering, x, size, reads=False):
             window.copy_(first.begin(F.linear(patches[:, rows], weight, bias), own))
         return steering
 

@@ -8,6 +8,8 @@ tensor, nor on the device: whoever keeps it elsewhere yields windows.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -36,6 +38,10 @@ Produce = Callable[[slice, torch.Tensor, Outs], Iterable[torch.Tensor]]
 """From the tokens' numbers, a window, and where to write its results [B, rows, ...], to the results, one by one."""
 
 
+AS_RUN: ContextVar[Callable[[Iterator[Any]], Iterator[Any]]] = ContextVar("AS_RUN", default=iter)
+"""How loops over windows are run: each window by itself. One that only counts need not run equal windows again."""
+
+
 def row_slices(num_rows: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` rows; one slice of all of them where gradients are kept."""
     if torch.is_grad_enabled():
@@ -44,16 +50,36 @@ def row_slices(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_rows))
 
 
-def windows(residual: Residual, size: int, *, reads: bool = True, writes: bool = False) -> Iterator[Window]:
-    """All tokens, in order: views of one tensor of `size` rows each, or what a windowed residual yields."""
+def windows(
+    residual: Residual, size: int, *, reads: bool = True, writes: bool = False, each: bool = False
+) -> Iterator[Window]:
+    """All tokens, in order: views of one tensor of `size` rows each, or what a windowed residual yields.
+
+    With `each` no window may be left out, whatever the runtime, for the loop hands something on to the next window.
+    """
+    parts = _windows(residual, size, reads=reads, writes=writes)
+    return parts if each else AS_RUN.get()(parts)
+
+
+def pairs(written: Residual, read: Residual, size: int, *, reads: bool) -> Iterator[tuple[Window, Window]]:
+    """The same tokens of two residuals, of which the first is written to; with `reads` both are read."""
+    both = zip(_windows(written, size, reads=reads, writes=True), _windows(read, size), strict=True)
+    return AS_RUN.get()(both)
+
+
+def _windows(residual: Residual, size: int, *, reads: bool = True, writes: bool = False) -> Iterator[Window]:
     if isinstance(residual, torch.Tensor):
-        yield from chunks(residual, size)
-    else:
-        yield from residual.windows(reads=reads, writes=writes)
+        return _chunks(residual, size)
+    return residual.windows(reads=reads, writes=writes)
 
 
-def chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:
-    """Views of [B, rows, D], `size` rows each, the first of which is token number `first`."""
+def chunks(x: torch.Tensor, size: int, first: int = 0, *, each: bool = False) -> Iterator[Window]:
+    """Views of [B, rows, D], `size` rows each, the first of which is token number `first`; `each` as of windows."""
+    parts = _chunks(x, size, first)
+    return parts if each else AS_RUN.get()(parts)
+
+
+def _chunks(x: torch.Tensor, size: int, first: int = 0) -> Iterator[Window]:
     for rows in row_slices(x.shape[1], size):
         yield slice(first + rows.start, first + rows.stop), x[:, rows]
 

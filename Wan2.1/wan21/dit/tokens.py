@@ -10,6 +10,7 @@ they stand here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 
@@ -36,7 +37,12 @@ class AtHand(Brought):
 
 
 class Tokens:
-    """The tokens that this process holds: all of them."""
+    """The tokens that this process holds: all of them.
+
+    exchanges: whether `collect` and `read` speak with other processes.
+    """
+
+    exchanges: ClassVar[bool] = False
 
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:  # noqa: ARG002 # all of them, along any dimension
         """Of something with all tokens along `dim`, this process's."""

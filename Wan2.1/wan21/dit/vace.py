@@ -22,7 +22,7 @@ from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.layers import Slicing, chunk_rows
 from wan21.dit.operations import Operations
-from wan21.dit.residual import Residual, Windowed, windows
+from wan21.dit.residual import Residual, Windowed, pairs
 from wan21.models import DitConfig
 
 Streams = tuple[Residual, Residual]
@@ -111,8 +111,7 @@ class VaceBlock(Block):
         control = super().forward(control, time, context, turns, slicing, self._norm_dtype, room)
         size = chunk_rows(residual.shape, slicing.most_rows)
         with self.part("hint"):
-            pairs = zip(windows(residual, size, writes=True), windows(control, size), strict=True)
-            for (_, window), (_, source) in pairs:
+            for (_, window), (_, source) in pairs(residual, control, size, reads=True):
                 hint = self.operations.linear(self.after_proj, source.to(self.dtype))
                 hint = hint * scale if torch.is_grad_enabled() else hint.mul_(scale)
                 residual = self.operations.add(residual, window, hint)

@@ -11,6 +11,7 @@ Reference: DeepSpeed-Ulysses (arXiv 2309.14509); the grid is that of USP (arXiv 
 """
 
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 
@@ -55,6 +56,8 @@ class SharedTokens(Tokens):
         with_lse: the kernel of attention in a ring, if there is one.
         is_fused: whether a ring joins parts in a kernel of our own.
     """
+
+    exchanges: ClassVar[bool] = True
 
     def __init__(
         self, num_tokens: int, world: World, with_lse: AttentionWithLse | None, *, is_fused: bool = False

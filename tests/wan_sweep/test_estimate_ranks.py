@@ -89,8 +89,7 @@ def test_a_rank_of_several_halves_what_depends_on_tokens_and_keeps_what_does_not
         bytes_of(run_rank(TINY.replace(frame_num=81, offload=True, **knobs), 0)) for knobs in ({}, {"ulysses_size": 2})
     )
     assert rank["memory/base/dit_bytes"] == single["memory/base/dit_bytes"]
-    # Beside the tokens: latents, what guidance makes of them, and the solver's three, in all eight float32 copies, whole
-    # on each rank.
+    # Whole on each rank, in float32: latents, what guidance makes of them, and the solver's three, eight copies in all.
     latents = 16 * 21 * (96 // 8) * (160 // 8) * 4
     whole, half = (one["memory/activation/denoise_bytes"] for one in (single, rank))
     assert 0.5 * (whole - 8 * latents) < half < 0.5 * whole + 8 * latents < whole

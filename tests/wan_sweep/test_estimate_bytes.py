@@ -13,6 +13,7 @@ from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
+from wan21.kernels import vae_ops
 from wan21.models import MODELS, DitConfig
 from wan21.options import AttentionKernel
 from wan_sweep.allocator import Settings
@@ -171,6 +172,22 @@ def test_a_convolution_in_channels_last_order_copies_its_weight_alone(
     peak, rest = peak_and_rest(simulation, lambda: functional.conv3d(x, weight, bias))
     assert rest == 16 * 4 * 16 * 32 * dtype.itemsize
     assert peak == rest + weight.nbytes
+
+
+@pytest.mark.parametrize(("num_taps", "num_copies"), [(3, 0), (1, 1)])
+def test_our_decoders_convolution_copies_those_taps_of_a_weight_that_do_not_lie_together(
+    simulation: Simulation, num_taps: int, num_copies: int
+) -> None:
+    all_taps = tensor(simulation, 96, 96, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+    weight, bias = all_taps[:, :, -num_taps:], tensor(simulation, 96)
+    window = [tensor(simulation, 1, 96, 8, 8).to(memory_format=torch.channels_last) for _ in range(num_taps)]
+    out = tensor(simulation, 1, 96, 1, 8, 8)
+
+    def call() -> torch.Tensor:
+        vae_ops.conv(window, weight, bias, None, out, [], 0, 0, adds=False, upsamples=False)
+        return out
+
+    assert peak_and_rest(simulation, call) == (96 * 96 * 9 * 2 * num_copies, 0)
 
 
 def test_a_convolution_in_contiguous_order_copies_input_weight_and_result(simulation: Simulation) -> None:

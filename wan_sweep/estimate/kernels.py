@@ -169,6 +169,8 @@ def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, row: KernelTabl
         return [Hidden(measured, "convolution's copies and workspace", basis)] if measured else []
     layout = _layout(x, weight)
     buffers = []
+    if not x.is_contiguous(memory_format=layout):
+        buffers.append(Hidden(num_bytes(x), "input without gaps", "rule"))
     if not weight.is_contiguous(memory_format=layout):
         buffers.append(Hidden(num_bytes(weight), "weight in the input's layout", "rule"))
     if math.prod(weight.shape[2:]) == 1:
@@ -177,6 +179,20 @@ def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, row: KernelTabl
         # cuDNN's kernels for tensor cores want channels last.
         buffers.append(Hidden(_convolution_copies(args, out), "cuDNN's copies in channels-last order", basis))
     elif weight.shape[0] % (VECTOR_BYTES // x.element_size()):
-        copies = num_bytes(x) + num_bytes(weight) + VECTOR_BYTES
-        buffers.append(Hidden(copies, "cuDNN's copies of input and weight", basis))
+        buffers.append(Hidden(_few_channels(x, weight, out), "cuDNN's copies for few channels", basis))
     return buffers
+
+
+def _few_channels(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
+    """What cuDNN takes where a result's channels do not divide by what kernels read at once; seen on an H200.
+
+    Input and weight again in float32. In half precision weight and result with channels up to the next that divide, or
+    of a lone frame the weight again.
+    """
+    if x.element_size() == torch.float32.itemsize:
+        return num_bytes(x) + num_bytes(weight) + VECTOR_BYTES
+    if math.prod(out.shape[2:-2]) == 1:
+        return num_bytes(weight) + VECTOR_BYTES
+    at_once = VECTOR_BYTES // x.element_size()
+    channels = math.ceil(weight.shape[0] / at_once) * at_once
+    return (num_bytes(weight) + num_bytes(out)) // weight.shape[0] * channels + VECTOR_BYTES

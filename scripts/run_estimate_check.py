@@ -2,13 +2,14 @@
 
     python scripts/run_estimate_check.py --seed TEXT --list                                # which they are
     python scripts/run_estimate_check.py --seed TEXT --per-gpu 3 --seconds 270 --pack FILE.tar.gz
-    python scripts/compare_estimates.py FILE.tar.gz                                        # anywhere: the table
+    python scripts/run_estimate_check.py --seed TEXT --done FILE.tar.gz --pack ALL.tar.gz  # what FILE lacks
+    python scripts/compare_estimates.py ALL.tar.gz                                         # anywhere: the table
 
 Each job is a command line of its own with two steps, so each has processes of its own, and a record on the disk the
 moment it ends. Whatever ends this script loses no record: FILE is renewed after every job, and the same command goes on
-with what is missing. What matters most comes first. Twelve jobs are drawn at random from all combinations, by a seed
-that whoever runs this chooses, so that nobody has chosen what suits the estimator: take what could not be known before.
-Jobs that share a GPU have exact memory all the same, and no times to speak of.
+with what is missing, on another machine with --done. What matters most comes first. Twelve jobs are drawn at random
+from all combinations, by a seed that whoever runs this chooses, so that nobody has chosen what suits the estimator:
+take what could not be known before. Jobs that share a GPU have exact memory all the same, and no times to speak of.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,11 +31,12 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from wan_sweep.errors import RecordError
+from wan_sweep.errors import RecordError, UsageError
 from wan_sweep.launch.outcome import log_tail
 from wan_sweep.nvml import visible_gpus
 from wan_sweep.record import RECORD_FILE, Record, load_record
-from wan_sweep.store import MEASURE
+from wan_sweep.schema import text
+from wan_sweep.store import MEASURE, write_json
 
 NUM_RANDOM = 12
 SECONDS_TO_END = 6
@@ -67,7 +70,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "kernels": ("torch", "fused"),
     "load_strategy": ("full", "block", "part"),
     "offload": ("true", "false"),
-    "t5_cpu": ("true", "false", "false", "false"),  # a minute where several share the host
+    "t5_cpu": ("true", "false"),
     "attention_slicing": ("true", "false", "3"),
     "rows_at_once": ("1024", "4096"),
     "residual_on_host": ("0", "0.5", "1"),
@@ -75,6 +78,11 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "vae_budget_gib": ("null", "1.5", "3"),
     "frame_num": ("5", "33", "81"),
 }
+"""What is drawn for each, in this order: any change here is another draw from the same seed."""
+NUM_FIRST = 5
+"""So many of FIRST run before those drawn at random."""
+SLOW = "t5_cpu=true"
+"""Takes a minute where several jobs share the host, so it waits for the others of its group."""
 GRID = ("precision=fp16,bf16", "load_strategy=full,block", "offload=true,false", "frame_num=81,33,5")
 
 
@@ -96,6 +104,12 @@ class Asked:
         """What is started."""
         return ["-m", "wan_sweep", *COMMON.split(), *self.knobs, f"output_root={output}", f"name={self.name}"]
 
+    def is_in(self, record: Record) -> bool:
+        """Whether a record is of this job, as far as it names knobs; what presets stand for is not looked at."""
+        told = dict(word.split("=", 1) for word in self.knobs)
+        same = all(text(record.knobs[name]) == value for name, value in told.items() if name in record.knobs)
+        return same and record.environment.get("allocator", "default") == (self.allocator or "default")
+
     def records(self, output: Path) -> list[Record]:
         """What it has left so far."""
         found = []
@@ -113,13 +127,45 @@ def jobs(seed: str) -> list[Asked]:
     drawn = [" ".join(f"{name}={draw.choice(values)}" for name, values in AXES.items()) for _ in range(NUM_RANDOM)]
     axes = [[f"{axis.partition('=')[0]}={value}" for value in axis.partition("=")[2].split(",")] for axis in GRID]
     grid = [" ".join((SMALL, *words)) for words in product(*axes)]
+    first = _named("first", FIRST)
+    groups = (first[:NUM_FIRST], _named("random", drawn), first[NUM_FIRST:], _named("grid", grid), _named("last", LAST))
+    return [one for group in groups for one in sorted(group, key=lambda one: SLOW in one.knobs)]
+
+
+def _named(kind: str, every: Sequence[str]) -> list[Asked]:
     asked = []
-    for kind, every in (("first", FIRST), ("random", drawn), ("grid", grid), ("last", LAST)):
-        for number, words in enumerate(every, start=1):
-            has_setting = words.startswith(EXPANDABLE)
-            knobs = tuple(words.removeprefix(EXPANDABLE).split())
-            asked.append(Asked(name=f"{kind}{number:02d}", knobs=knobs, allocator=EXPANDABLE if has_setting else ""))
+    for number, words in enumerate(every, start=1):
+        has_setting = words.startswith(EXPANDABLE)
+        knobs = tuple(words.removeprefix(EXPANDABLE).split())
+        asked.append(Asked(name=f"{kind}{number:02d}", knobs=knobs, allocator=EXPANDABLE if has_setting else ""))
     return asked
+
+
+def take_over(asked: Sequence[Asked], pack: Path, output: Path) -> list[Record]:
+    """Good records of an earlier archive, which now lie in `output` as if the jobs had run there.
+
+    Raises:
+        UsageError: one of them is of another job than the one of its name, so the seed was another one.
+        RecordError: one of them cannot be read.
+    """
+    taken = {}
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(pack) as archive:
+        archive.extractall(folder, filter="data")
+        for one in asked:
+            path = Path(folder) / one.name / RECORD_FILE
+            if not path.exists() or (record := load_record(path)).outcome != "ok":
+                continue
+            if not one.is_in(record):
+                raise UsageError(
+                    f"--done={pack}: its {one.name} is not {' '.join((one.allocator, *one.knobs)).strip()}; "
+                    "give the --seed that it was made with, and the same version of this script"
+                )
+            taken[one.name] = record
+    for name, record in taken.items():
+        place = output / name / record.sweep_id / record.name / RECORD_FILE
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, record.to_json())
+    return list(taken.values())
 
 
 @dataclass
@@ -249,6 +295,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=24 * 3600, help="end after so many")
     parser.add_argument("--output", type=Path, default=Path("outputs/estimate_check"), help="folder of all jobs")
     parser.add_argument("--pack", type=Path, default=Path("outputs/estimate_check.tar.gz"), help="where records go")
+    parser.add_argument("--done", type=Path, help="archive of an earlier run: its good records are taken over")
     told = parser.parse_args()
     every = jobs(told.seed)
     if told.list:
@@ -261,6 +308,14 @@ def main() -> int:
         sys.stderr.write("there is no GPU that this process may use; see CUDA_VISIBLE_DEVICES\n")
         return 2
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is under way is ended properly
+    if told.done:
+        try:
+            taken = take_over(every, told.done, told.output)
+        except (UsageError, RecordError, OSError, tarfile.TarError) as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        versions = ", ".join(sorted({record.code_version for record in taken}))
+        sys.stdout.write(f"{len(taken)} records taken over from {told.done}, of code {versions}\n")
     check = Check(output=told.output, pack=told.pack, seconds=told.seconds)
     missing = check.run(every, gpus * told.per_gpu)
     sys.stdout.write(f"{len(every) - missing} of {len(every)} jobs have a good record; {told.pack}\n")

@@ -13,6 +13,7 @@ from wan21.dit.block import Block
 from wan21.dit.context import Context
 from wan21.dit.layers import Slicing
 from wan21.dit.operations import Operations
+from wan21.kernels import vae_ops
 from wan21.models import MODELS, DitConfig
 from wan21.options import AttentionKernel
 from wan_sweep.allocator import Settings
@@ -173,21 +174,58 @@ def test_a_convolution_in_channels_last_order_copies_its_weight_alone(
     assert peak == rest + weight.nbytes
 
 
+@pytest.mark.parametrize(("num_taps", "num_copies"), [(3, 0), (1, 1)])
+def test_our_decoders_convolution_copies_those_taps_of_a_weight_that_do_not_lie_together(
+    simulation: Simulation, num_taps: int, num_copies: int
+) -> None:
+    all_taps = tensor(simulation, 96, 96, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+    weight, bias = all_taps[:, :, -num_taps:], tensor(simulation, 96)
+    window = [tensor(simulation, 1, 96, 8, 8).to(memory_format=torch.channels_last) for _ in range(num_taps)]
+    out = tensor(simulation, 1, 96, 1, 8, 8)
+
+    def call() -> torch.Tensor:
+        vae_ops.conv(window, weight, bias, None, out, [], 0, 0, adds=False, upsamples=False)
+        return out
+
+    assert peak_and_rest(simulation, call) == (96 * 96 * 9 * 2 * num_copies, 0)
+
+
 def test_a_convolution_in_contiguous_order_copies_input_weight_and_result(simulation: Simulation) -> None:
     x, weight = tensor(simulation, 1, 8, 6, 18, 34), tensor(simulation, 16, 8, 3, 3, 3)
     peak, rest = peak_and_rest(simulation, lambda: functional.conv3d(x, weight))
     assert peak == 2 * rest + x.nbytes + weight.nbytes
 
 
-@pytest.mark.parametrize(("out_dim", "dtype"), [(3, FP32), (4, FP32), (4, BF16), (8, BF16)])
-def test_a_convolution_to_few_channels_copies_input_and_weight(
-    simulation: Simulation, out_dim: int, dtype: torch.dtype
-) -> None:
-    x = tensor(simulation, 1, 8, 6, 18, 34, dtype=dtype).to(memory_format=torch.channels_last_3d)
-    weight = tensor(simulation, out_dim, 8, 3, 3, 3, dtype=dtype)
+def test_a_convolution_copies_an_input_with_gaps(simulation: Simulation) -> None:
+    whole = tensor(simulation, 1, 8, 6, 18, 34).to(memory_format=torch.channels_last_3d)
+    x, weight = whole[..., 1:], tensor(simulation, 16, 8, 1, 1, 1)
     peak, rest = peak_and_rest(simulation, lambda: functional.conv3d(x, weight))
-    divides = out_dim * dtype.itemsize % 16 == 0
-    assert peak == rest + weight.nbytes + (0 if divides else x.nbytes + weight.nbytes + 16)
+    assert peak == rest + 8 * 6 * 18 * 33 * 2
+
+
+# Measured on an H200 (torch 2.11, cuDNN 9.19, 2026-12-01). Inputs with gaps are crops of a tile.
+@pytest.mark.parametrize(
+    ("dtype", "num_frames", "size", "row_elements", "measured"),
+    [
+        (FP32, 1, (480, 832), 832 * 96, 153_374_992),
+        (BF16, 1, (480, 832), 832 * 96, 10_384),
+        (FP32, 6, (480, 832), 832 * 96, 920_187_664),
+        (BF16, 6, (480, 832), 832 * 96, 25_616_080),
+        (BF16, 6, (241, 321), 321 * 96, 5_008_144),
+        (BF16, 1, (241, 321), 322 * 96, 14_863_696),
+        (FP32, 1, (361, 257), 258 * 96, 71_273_488),
+    ],
+)
+def test_the_decoders_last_convolution_takes_what_was_measured(
+    simulation: Simulation, dtype: torch.dtype, num_frames: int, size: tuple[int, int], row_elements: int, measured: int
+) -> None:
+    height, width = size
+    frame = height * row_elements
+    lying = (96, num_frames, height, width), (1, frame, row_elements, 96)
+    x = torch.empty_strided((1, *lying[0]), (num_frames * frame, *lying[1]), dtype=dtype, device=simulation.device)
+    weight = tensor(simulation, 3, 96, 3, 3, 3, dtype=dtype)[:, :, -min(3, num_frames) :]
+    peak, rest = peak_and_rest(simulation, lambda: functional.conv3d(x, weight, padding=(0, 1, 1)))
+    assert peak - rest == measured
 
 
 @pytest.mark.parametrize("stride", [1, 2])

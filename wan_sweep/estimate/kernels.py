@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
+from wan21.kernels import vae_ops
 from wan_sweep.cards import Card
 from wan_sweep.estimate.kernel_table import KernelTable, row_for
 from wan_sweep.estimate.memory import Basis
@@ -113,6 +114,7 @@ def kernels(card: Card) -> Mapping[Any, Kernel]:
         aten.bmm.default: Kernel(kept=(cublas,)),
         aten.addmm.default: Kernel(kept=(cublas, cublaslt)),  # cuBLASLt adds the bias
         aten.native_layer_norm.default: Kernel(before=_contiguous_input),
+        vae_ops.CONV: Kernel(before=_weight_as_it_is_read),
         aten.convolution.default: Kernel(
             beside=lambda args, out: _convolution_buffers(args, out, row, basis),
             possible=_nothing if is_measured else _convolution_copies,
@@ -125,6 +127,14 @@ def _contiguous_input(args: Sequence[Any]) -> list[Hidden]:
     """The kernel reads rows one after the other."""
     x: torch.Tensor = args[0]
     return [] if x.is_contiguous() else [Hidden(num_bytes(x), "contiguous input", "rule")]
+
+
+def _weight_as_it_is_read(args: Sequence[Any]) -> list[Hidden]:
+    """Our decoder's kernel reads a weight densely, channels last; the last taps alone, for one frame, do not lie so."""
+    weight: torch.Tensor = args[1]
+    if weight.movedim(1, -1).is_contiguous():
+        return []
+    return [Hidden(num_bytes(weight), "weight in the order of the kernel", "rule")]
 
 
 def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
@@ -159,6 +169,8 @@ def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, row: KernelTabl
         return [Hidden(measured, "convolution's copies and workspace", basis)] if measured else []
     layout = _layout(x, weight)
     buffers = []
+    if not x.is_contiguous(memory_format=layout):
+        buffers.append(Hidden(num_bytes(x), "input without gaps", "rule"))
     if not weight.is_contiguous(memory_format=layout):
         buffers.append(Hidden(num_bytes(weight), "weight in the input's layout", "rule"))
     if math.prod(weight.shape[2:]) == 1:
@@ -167,6 +179,20 @@ def _convolution_buffers(args: Sequence[Any], out: torch.Tensor, row: KernelTabl
         # cuDNN's kernels for tensor cores want channels last.
         buffers.append(Hidden(_convolution_copies(args, out), "cuDNN's copies in channels-last order", basis))
     elif weight.shape[0] % (VECTOR_BYTES // x.element_size()):
-        copies = num_bytes(x) + num_bytes(weight) + VECTOR_BYTES
-        buffers.append(Hidden(copies, "cuDNN's copies of input and weight", basis))
+        buffers.append(Hidden(_few_channels(x, weight, out), "cuDNN's copies for few channels", basis))
     return buffers
+
+
+def _few_channels(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
+    """What cuDNN takes where a result's channels do not divide by what kernels read at once; seen on an H200.
+
+    Input and weight again in float32. In half precision weight and result with channels up to the next that divide, or
+    of a lone frame the weight again.
+    """
+    if x.element_size() == torch.float32.itemsize:
+        return num_bytes(x) + num_bytes(weight) + VECTOR_BYTES
+    if math.prod(out.shape[2:-2]) == 1:
+        return num_bytes(weight) + VECTOR_BYTES
+    at_once = VECTOR_BYTES // x.element_size()
+    channels = math.ceil(weight.shape[0] / at_once) * at_once
+    return (num_bytes(weight) + num_bytes(out)) // weight.shape[0] * channels + VECTOR_BYTES

@@ -15,7 +15,7 @@ from wan_sweep.estimate.kernels import Hidden, Kernel, kernels
 from wan_sweep.estimate.memory import DeviceMemory, Holding
 
 KNOWN_NAMESPACES = frozenset({"aten", "c10d", "fsdp", "prim", "prims", "profiler", "wan21"})
-"""Whose operations allocate what their fakes, or the table, say; wan21's own kernels take nothing for themselves."""
+"""Whose operations allocate what their fakes, or the table, say."""
 OURS = "wan21"
 DEVICE: Any = torch.ops.prim.device.default
 
@@ -85,6 +85,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         if func.namespace not in KNOWN_NAMESPACES:
             self._memory.unknown_operations.add(str(func))
         elif func.namespace == OURS and not func._schema.returns:  # noqa: SLF001 # the only way to see it
+            for number in [self._take(hidden, func) for hidden in (kernel.before(args) if kernel else ())]:
+                self._memory.give(number)
             return None  # it writes where it is told to, and here there is nothing to write
         if kernel is None or device_of(args[0]) != self._device:
             out = func(*args, **(kwargs or {}))

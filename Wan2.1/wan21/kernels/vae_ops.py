@@ -143,3 +143,6 @@ for _name, _reference, _cuda in (
     _LIBRARY.impl(_name, _reference, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"wan21::{_name}", _nothing, lib=_LIBRARY)
+
+CONV = torch.ops.wan21.vae_conv.default
+"""What `conv` calls, for those who listen to operations."""

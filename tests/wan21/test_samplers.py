@@ -223,6 +223,13 @@ def test_history_is_as_small_as_stated_and_gone_at_the_end(solver: str, most: in
     assert len({place for places in kept for place in places}) == most
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_lone_step_needs_no_history(solver: str) -> None:
+    sampler = make_sampler(solver, num_steps=1, shift=5.0)
+    sampler.begin(torch.tensor([0.5]))
+    assert places_held(sampler) == []
+
+
 def places_held(sampler: Sampler) -> list[int]:
     """Where the tensors lie that a solver holds on to."""
     held = [tensor for value in vars(sampler).values() for tensor in (value if type(value) is list else (value,))]

@@ -46,7 +46,8 @@ class Sampler(ABC):
         Args:
             noise: what the run starts from; not modified.
         """
-        self._kept = [torch.empty_like(noise) for _ in range(self.num_kept)]
+        if len(self.timesteps) > 1:  # a lone step remembers nothing
+            self._kept = [torch.empty_like(noise) for _ in range(self.num_kept)]
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next noise level.

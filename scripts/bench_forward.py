@@ -31,7 +31,7 @@ from wan21.dit.model import Dit, ForwardPlan
 from wan21.dit.opening import Opening
 from wan21.events import SILENT
 from wan21.guidance import guided
-from wan21.memory.slicing import choose_query_slices, choose_rows
+from wan21.memory.slicing import choose_queries, choose_rows
 from wan21.models import ModelSpec, model_spec
 from wan21.options import Options
 from wan21.parallel.world import ALONE
@@ -80,10 +80,10 @@ def step(spec: ModelSpec, options: Options, request: Request, runtime: Runtime) 
     latents = torch.randn(1, config.in_dim, *shape.latent, generator=generator, device=device)
     conditioned, unconditioned = (model.embed_text([prompt]) for prompt in prompts)
     turns, when = model.rotations(shape.grid, device), model.embed_time(700, device)
-    itemsize = model.dtype.itemsize
+    sizes = (turns.shape[0], config, model.dtype.itemsize)
     plan = ForwardPlan(
-        query_slices=choose_query_slices(options.attention_slices, turns.shape[0], config.dim * itemsize),
-        most_rows=choose_rows(options.rows_at_once, config.ffn_dim * itemsize),
+        most_queries=choose_queries(options.attention_slices, *sizes),
+        most_rows=choose_rows(options.rows_at_once, *sizes),
     )
 
     def run() -> torch.Tensor:

@@ -138,7 +138,8 @@ class Bench:
         shape = make_request(spec, seed=0, size=flags.size, frame_num=flags.frame_num).shape
         tokens = shared_tokens(shape.num_tokens, world, options.attention_kernel, is_fused=kernels == "fused")
         turns = tokens.own(dit.module.rotations(shape.grid, runtime.device), 0)
-        plan = ForwardPlan(most_rows=choose_rows(rows, config.ffn_dim * DTYPES["bf16"].itemsize), tokens=tokens)
+        most_rows = choose_rows(rows, turns.shape[0], config, DTYPES["bf16"].itemsize)
+        plan = ForwardPlan(most_rows=most_rows, tokens=tokens)
         latents = torch.randn((1, config.out_dim, *shape.latent), generator=runtime.generator(0), device=runtime.device)
         context = dit.module.embed_text(
             [torch.ones(min(PROMPT_TOKENS, config.text_len), config.text_dim, device=runtime.device)]

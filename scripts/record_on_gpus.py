@@ -30,8 +30,7 @@ SMALL, MIDDLE, LARGE = (
     ["model=t2v-14B", "size=1280*720"],
 )
 SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-# 13 x 128 rows: with 40 heads attention's tiles are nearly four rounds of the GPU's 132 multiprocessors.
-HOSTED = ["residual_on_host=0.5,1", "rows_at_once=1664", "vae_budget_gib=1.5"]
+HOSTED = ["residual_on_host=0.5", "vae_budget_gib=1.5"]
 # Two birds with one job: the attention that torch chooses, and the decoder in float32.
 SDPA = ["attention_kernel=sdpa", "vae_precision=fp32"]
 

@@ -29,7 +29,7 @@ from wan21.errors import UsageError
 from wan21.events import SILENT, Observer, Span
 from wan21.guidance import guided, guided_together
 from wan21.memory.hosted import HostedResidual
-from wan21.memory.slicing import choose_query_slices, choose_rows
+from wan21.memory.slicing import choose_queries, choose_rows
 from wan21.models import COMPONENTS, ModelSpec
 from wan21.options import Options, keeps_passes_apart, rounds_products
 from wan21.parallel.exchange import broadcast
@@ -262,7 +262,6 @@ class VideoPipeline:
         control: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         model, shape = dit.module, request.denoised_shape
-        config, itemsize = self._spec.dit, model.dtype.itemsize
         pair = self._world.cfg
         with dit.with_parked():
             contexts = [model.embed_text([prompt]) for prompt in (prompts if pair.size == 1 else [prompts[pair.rank]])]
@@ -272,9 +271,10 @@ class VideoPipeline:
             times = [model.embed_time(timestep, self._runtime.device).on_host() for timestep in timesteps]
         tokens = self._tokens(request)
         turns = tokens.own(model.rotations(shape.grid, self._runtime.device), 0)
+        sizes = (turns.shape[0], self._spec.dit, model.dtype.itemsize)
         plan = ForwardPlan(
-            query_slices=choose_query_slices(self._options.attention_slices, turns.shape[0], config.dim * itemsize),
-            most_rows=choose_rows(self._options.rows_at_once, config.ffn_dim * itemsize),
+            most_queries=choose_queries(self._options.attention_slices, *sizes),
+            most_rows=choose_rows(self._options.rows_at_once, *sizes, has_slots=bool(self._options.residual_on_host)),
             tokens=tokens,
             gradient_checkpointing=self._options.gradient_checkpointing,
         )

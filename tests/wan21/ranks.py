@@ -109,7 +109,7 @@ class Forward:
 
     grid: tuple[int, int, int] = (2, 4, 6)
     batch_size: int = 1
-    query_slices: int = 1
+    most_queries: int | None = None
     most_rows: int = 4096
     on_host: float = 0.0
     precision: str = "fp32"
@@ -165,7 +165,7 @@ def _forward(world: Any, runtime: Any, case: Forward) -> dict[str, Any]:
         time = model.embed_time(500.0, runtime.device)
         tokens = shared.shared_tokens(t * h * w, world, is_fused=is_fused)
         turns = tokens.own(model.rotations(case.grid, runtime.device), 0)
-        plan = ForwardPlan(query_slices=case.query_slices, most_rows=case.most_rows, tokens=tokens)
+        plan = ForwardPlan(most_queries=case.most_queries, most_rows=case.most_rows, tokens=tokens)
         residual = None
         if case.on_host:
             shape = (case.batch_size, turns.shape[0], config.dim)

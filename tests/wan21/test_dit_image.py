@@ -125,7 +125,7 @@ def test_half_precision_stays_near_float32(config: DitConfig, dtype: torch.dtype
 
 def test_slices_and_few_rows_at_once_change_no_more_than_rounding() -> None:
     module = model(I2V)
-    plan = ForwardPlan(query_slices=3, most_rows=16)
+    plan = ForwardPlan(most_queries=24, most_rows=16)
     assert relative_l2(velocity(module, plan=plan), velocity(module)) < SAME_ROUNDING
 
 

@@ -254,7 +254,7 @@ def test_a_widened_weight_stands_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         (FusedOperations, torch.bfloat16, torch.int8, FROM_INT8),
     ],
 )
-@pytest.mark.parametrize(("batch", "plan"), [(1, {}), (2, {"query_slices": 3, "most_rows": 64})])
+@pytest.mark.parametrize(("batch", "plan"), [(1, {}), (2, {"most_queries": 24, "most_rows": 64})])
 def test_a_forward_in_eight_bits_is_near_the_one_in_float32(
     operations: type[Operations],
     dtype: torch.dtype,

@@ -27,7 +27,7 @@ def make(operations: Operations, dtype: torch.dtype) -> Dit:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("plan", [ForwardPlan(), ForwardPlan(query_slices=3, most_rows=64)])
+@pytest.mark.parametrize("plan", [ForwardPlan(), ForwardPlan(most_queries=24, most_rows=64)])
 def test_a_fused_forward_is_put_together_as_the_plain_one(plan: ForwardPlan, batch: int, dtype: torch.dtype) -> None:
     latents, prompts = inputs(batch)
     prompts = [prompt.repeat(31, 1)[: SMALL.text_len] for prompt in prompts]  # without padding, which is counted

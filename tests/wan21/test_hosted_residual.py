@@ -37,7 +37,7 @@ def velocity(model: Dit, residual: HostedResidual | None, seed: int, batch_size:
     latents = torch.randn(batch_size, 16, 10, 16, 16, generator=generator)
     context = model.embed_text([torch.randn(17, SMALL.text_dim, generator=generator) for _ in range(batch_size)])
     size = chunk_rows(torch.Size((batch_size, NUM_TOKENS, SMALL.dim)), ROWS)
-    plan = ForwardPlan(query_slices=-(-NUM_TOKENS // size), most_rows=ROWS)
+    plan = ForwardPlan(most_queries=size, most_rows=ROWS)
     return model(latents, 700, context, plan=plan, residual=residual)
 
 

@@ -40,14 +40,14 @@ SEQUENCES = [
 FORWARDS = [
     Forward(),
     Forward(grid=(3, 3, 5), batch_size=2, most_rows=8),
-    Forward(grid=(1, 1, 5), query_slices=2),
-    Forward(grid=(3, 3, 5), query_slices=3, most_rows=64, is_fused=True),
+    Forward(grid=(1, 1, 5), most_queries=2),
+    Forward(grid=(3, 3, 5), most_queries=8, most_rows=64, is_fused=True),
     Forward(grid=(3, 5, 7), batch_size=2, fewest_rows=4, is_fused=True),
     Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5),
 ]
 ON_EIGHT = [  # 12 heads, which eight ranks of Ulysses cannot share, but with a model of eight heads
     (Layout(ulysses=4, ring=2), Forward(grid=(3, 3, 5), batch_size=2, most_rows=64, is_fused=True)),
-    (Layout(ulysses=2, ring=4), Forward(grid=(3, 3, 5), query_slices=2)),
+    (Layout(ulysses=2, ring=4), Forward(grid=(3, 3, 5), most_queries=4)),
     (Layout(ring=8), Forward(grid=(1, 1, 5))),
     (Layout(ring=8), Forward(grid=(3, 5, 7), most_rows=64, on_host=0.5)),
     (Layout(ulysses=8), Forward(grid=(3, 5, 7), most_rows=64, num_heads=8, fewest_rows=4, is_fused=True)),

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from wan21.memory.parked import Parked, keep_on_host
-from wan21.memory.slicing import GRAIN, TEMPORARY_BYTES, choose_query_slices, choose_rows
 from wan21.memory.streaming import StreamPlan, Unit, stream
 from wan21.parts import InParts
 from wan21.runtime import CpuRuntime
@@ -292,19 +291,3 @@ def test_a_table_kept_on_the_host_takes_no_device_memory() -> None:
         assert runtime.memory().allocated_bytes - before < 4096  # drawn here, in passing
     assert runtime.host_buffer_bytes() > 0
     assert torch.equal(module.wide.weight, weight(0, "wide.weight", module.wide.weight.shape))
-
-
-def test_the_number_of_slices_is_what_was_asked_or_fits_the_video() -> None:
-    assert choose_query_slices(1, 32_760, 3072) == 1
-    assert choose_query_slices(5, 32_760, 3072) == 5
-    assert choose_query_slices("auto", 32_760, 3072) == 2
-    assert choose_query_slices("auto", 75_600, 10_240) == 12
-    assert choose_query_slices("auto", 180, 512) == 2
-    assert choose_query_slices(1000, 180, 512) == 180
-
-
-def test_rows_at_once_keep_the_hidden_layer_within_its_bytes() -> None:
-    assert choose_rows(100, 17_920) == 100
-    for hidden_bytes in (17_920, 27_648):
-        rows = choose_rows(None, hidden_bytes)
-        assert TEMPORARY_BYTES - GRAIN * hidden_bytes < rows * hidden_bytes <= TEMPORARY_BYTES

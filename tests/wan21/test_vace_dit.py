@@ -153,9 +153,9 @@ def test_the_control_stream_begins_in_the_compute_dtype() -> None:
     assert torch.equal(begun, block.before_proj(tokens) + own.bfloat16())
 
 
-@pytest.mark.parametrize(("slices", "rows"), [(3, 4096), (2, 7)])
-def test_slices_and_rows_give_the_same_velocity(slices: int, rows: int) -> None:
-    model, plan = steered(), ForwardPlan(query_slices=slices, most_rows=rows)
+@pytest.mark.parametrize(("queries", "rows"), [(24, 4096), (36, 7)])
+def test_slices_and_rows_give_the_same_velocity(queries: int, rows: int) -> None:
+    model, plan = steered(), ForwardPlan(most_queries=queries, most_rows=rows)
     assert relative_l2(velocity(model, plan=plan), velocity(model)) < SAME_ROUNDING
 
 
@@ -173,8 +173,7 @@ def test_videos_of_a_batch_share_the_control_and_do_not_see_each_other() -> None
 def test_both_streams_may_wait_on_the_host_without_another_bit(share: float) -> None:
     model = steered(torch.bfloat16)
     shape = (1, NUM_TOKENS, SMALL.dim)
-    size = chunk_rows(torch.Size(shape), 64)
-    plan = ForwardPlan(query_slices=-(-NUM_TOKENS // size), most_rows=64)
+    plan = ForwardPlan(most_queries=64, most_rows=64)
     expected = velocity(model, plan=plan)
     runtime = CpuRuntime()
     residuals = HostedResidual(shape, 64, share, runtime), HostedResidual(shape, 64, share, runtime)
@@ -225,7 +224,7 @@ class _Counted:
         with self.runtime.counting():
             before = self.runtime.memory().allocated_bytes
             self.runtime.reset_memory_peaks()
-            model(latents, 700, context, plan=ForwardPlan(query_slices=8), control=control)
+            model(latents, 700, context, plan=ForwardPlan(most_queries=64), control=control)
             self.streams = (self.runtime.memory().allocated_peak_bytes - before) / self.stream_bytes
 
 

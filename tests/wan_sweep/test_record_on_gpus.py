@@ -101,7 +101,7 @@ def test_every_sweep_plans(script: ModuleType, number: int) -> None:
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
         candidates = candidates_of(config, loader)
-    assert len(candidates) == {"small": 4, "middle": 3, "large-hosted": 2}.get(name, 1)
+    assert len(candidates) == {"small": 4, "middle": 3}.get(name, 1)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 from wan21.dit.context import Context
 from wan21.dit.image import ImageCrossAttention
-from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows
+from wan21.dit.layers import CrossAttention, FeedForward, SelfAttention, Slicing, chunk_rows, lent
 from wan21.dit.opening import Opening
 from wan21.dit.operations import Modulation, Operations
 from wan21.dit.residual import Residual, windows
@@ -47,6 +47,7 @@ class Block(InParts):
         self.self_attn = SelfAttention(config, dtype, operations)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
         self.cross_attn = (ImageCrossAttention if config.image_dim else CrossAttention)(config, dtype, operations)
+        self.ffn_dim = config.ffn_dim
         self.ffn = FeedForward(config, dtype, operations)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
 
@@ -70,7 +71,8 @@ class Block(InParts):
             turns: rotary positions, [L, 1, K/2], complex64.
             slicing: into what the work is cut.
             norm_dtype: what the first norm's output is rounded to.
-            room: for keys and values, from the tokens' `room`; None where gradients are kept.
+            room: for keys and values, from the tokens' `room`, and for the feed-forward's hidden layer, which comes
+                after their use; None where gradients are kept.
             opening: of the first block; takes the residual behind self attention, or has given it.
 
         Returns:
@@ -88,7 +90,8 @@ class Block(InParts):
         modulation = Modulation(shift_ffn, 1 + scale_ffn, gate_ffn)
         with self.part("feed_forward"):
             for _, window in windows(residual, size, writes=True):
-                branch = self.ffn(self.operations.modulated(window, modulation, self.eps, self.dtype))
+                x = self.operations.modulated(window, modulation, self.eps, self.dtype)
+                branch = self.ffn(x, lent(room, (*window.shape[:2], self.ffn_dim)))
                 residual = self.operations.add(residual, window, branch, modulation.gate)
-                del branch
+                del x, branch
         return residual

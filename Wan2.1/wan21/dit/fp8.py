@@ -57,6 +57,5 @@ class Fp8Operations(FusedOperations):
             return result if out is None else out
         return out.copy_(fp8.scaled_linear(rows, layer.scaled, layer.bias).view(out.shape))  # not in one matrix
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
-        hidden = fp8.gelu(self.linear(up, x))
-        return self.linear(down, hidden)
+    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
+        return self.linear(down, fp8.gelu(self.linear(up, x, hidden)))

@@ -6,6 +6,7 @@ All per-token work goes over the tokens in chunks of rows and adds into the resi
 but keys, values and queries is as long as the video. With gradients kept there is one chunk and nothing is in place.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,21 +32,36 @@ FEWEST_ROWS = 64
 class Slicing:
     """Into what a block cuts its work; none of it changes what is computed.
 
-    query_slices: into how many slices self attention cuts its queries.
+    most_queries: how many tokens of each video self attention reads for at once; None: all of them.
     most_rows: how many tokens, of all videos of a batch together, pass through norms and linear layers at once.
     tokens: those that are here, and how attention reaches others.
     """
 
-    query_slices: int = 1
+    most_queries: int | None = None
     most_rows: int = 4096
     tokens: Tokens = ALL
 
 
 def chunk_rows(shape: torch.Size, most_rows: int) -> int:
-    """How many tokens of each video of a [B, L, D] are handled at once, in equal chunks."""
+    """How many tokens of each video of a [B, L, D] are handled at once; the last ones may be fewer."""
     batch_size, num_rows = shape[:2]
-    most = max(FEWEST_ROWS, most_rows // batch_size)
-    return -(-num_rows // -(-num_rows // most))
+    return min(max(FEWEST_ROWS, most_rows // batch_size), num_rows)
+
+
+def lent(room: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """A tensor of that shape in the memory of keys and values, while nobody reads them.
+
+    Args:
+        room: all of that memory, from the tokens' `room`; None where gradients are kept.
+        shape: what is needed.
+
+    Returns:
+        The tensor, contiguous; None where the room is too small, or there is none.
+    """
+    if room is None or room.numel() < math.prod(shape):
+        return None
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return room.as_strided(shape, strides)
 
 
 class SelfAttention(nn.Module):
@@ -101,18 +117,19 @@ class SelfAttention(nn.Module):
         num_tokens, tokens = residual.shape[1], slicing.tokens
         each = tokens.exchanges or attend is not run.attend  # somebody else is spoken with, or remembers
         size = tokens.window(chunk_rows(residual.shape, slicing.most_rows))
-        whole = slicing.query_slices == 1 and isinstance(residual, torch.Tensor)
+        most_queries = min(slicing.most_queries or num_tokens, num_tokens)
+        whole = most_queries == num_tokens and isinstance(residual, torch.Tensor)
 
         def normed(window: torch.Tensor) -> Activations:
             return run.modulated(window, modulation, self.eps, self.dtype, norm_dtype)
 
         def queries(rows: slice, x: Activations, out: torch.Tensor | None) -> torch.Tensor:
-            return run.heads(run.linear(self.q, x), self.norm_q, self.num_heads, turns[rows], out)
+            return run.projected(self.q, x, self.norm_q, self.num_heads, turns[rows], out)
 
         def form(rows: slice, window: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
             x = normed(window)
             yield self._values(x, outs[0])
-            yield run.heads(run.linear(self.k, x), self.norm_k, self.num_heads, turns[rows], outs[1])
+            yield run.projected(self.k, x, self.norm_k, self.num_heads, turns[rows], outs[1])
             yield from (queries(rows, x, out) for out in outs[2:])
 
         def form_queries(rows: slice, window: torch.Tensor, outs: Outs) -> Iterator[torch.Tensor]:
@@ -125,7 +142,7 @@ class SelfAttention(nn.Module):
                 v, k, *q = tokens.collect(windows(residual, size, each=each), form, _wholes(room, with_queries=whole))
             if not whole:
                 parts.enter_context(part("queries"))
-            for rows, window in windows(residual, -(-num_tokens // slicing.query_slices), writes=True, each=each):
+            for rows, window in windows(residual, most_queries, writes=True, each=each):
                 if not whole:
                     shape = (*window.shape[:2], self.num_heads, window.shape[2] // self.num_heads)
                     room_of_slice = None if room is None else tokens.room(1, shape, room)[0]
@@ -201,10 +218,11 @@ class CrossAttention(nn.Module):
         with part("cross"):
             for _, window in windows(residual, size, writes=True):
                 x = run.linear(self.q, run.normed(window, norm, self.dtype))
-                queries = run.heads(x, self.norm_q, self.num_heads)
-                branch = run.linear(self.o, read_each(run, queries, reads))
+                x = run.heads(x, self.norm_q, self.num_heads)
+                x = read_each(run, x, reads)
+                branch = run.linear(self.o, x)
                 residual = run.add(residual, window, branch)
-                del x, queries, branch
+                del x, branch
         return residual
 
     def reads(self, context: Context) -> list[Read]:
@@ -228,10 +246,10 @@ class FeedForward(nn.Sequential):
         )
         self.operations = operations
 
-    def forward(self, x: Activations) -> torch.Tensor:
-        """[B, L, D] to [B, L, D].
+    def forward(self, x: Activations, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, L, D] to [B, L, D]; what lies between is written to `hidden`, [B, L, M], if there is such a place.
 
-        Memory: one [B, L, M].
+        Memory: one [B, L, M] otherwise.
         """
         up, down = cast("Linear", self[0]), cast("Linear", self[2])
-        return self.operations.feed_forward(up, down, x)
+        return self.operations.feed_forward(up, down, x, hidden)

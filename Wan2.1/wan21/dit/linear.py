@@ -38,14 +38,15 @@ class ScaledLinear(nn.Module):
         """The weight, [M, D], with its scales, [M, 1]."""
         return ScaledRows(self.weight, self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., R, D] to [..., R, M] in the compute dtype.
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[..., R, D] to [..., R, M] in the compute dtype, or `out`, of that shape, which is written to.
 
         Memory: the result, and WIDENED_BYTES of the weight in the compute dtype; all of it where gradients are kept.
         """
         if torch.is_grad_enabled():
             return functional.linear(x, self._widened(slice(None)), self.bias)
-        out = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
+        if out is None:
+            out = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
         rows, columns = x.flatten(0, -2), out.flatten(0, -2)
         size = max(1, WIDENED_BYTES // (self.weight.shape[1] * self.bias.element_size()))
         for start in range(0, self.weight.shape[0], size):

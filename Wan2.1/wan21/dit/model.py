@@ -246,8 +246,9 @@ class Dit(nn.Module):
             else:
                 x = self._run(block, plan, x, *shared, norm_dtype, room, opening)
                 norm_dtype, opening = torch.float32, None
-        del room, steering
-        patches = self.head(x, time.embedding, chunk_rows(x.shape, plan.most_rows)).to(self.dtype)
+        # The velocity gets its place while keys and values have theirs, or it would leave the next forward's no room.
+        # The head's rows are in float32, so half as many take as much as those of a block.
+        patches = self.head(x, time.embedding, -(-chunk_rows(x.shape, plan.most_rows) // 2)).to(self.dtype)
         return self._unpatchify(plan.tokens.whole(patches), grid)
 
     def _run(self, block: nn.Module, plan: ForwardPlan, *args: Any) -> Any:  # noqa: ANN401 # a block's own
@@ -296,5 +297,7 @@ class Dit(nn.Module):
     def _unpatchify(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         t, h, w = grid
         patches = patches.view(-1, t, h, w, PATCH, PATCH, self.config.out_dim)
-        video = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_dim, t, h * PATCH, w * PATCH)
-        return video.float()
+        shape = (patches.shape[0], self.config.out_dim, t, h * PATCH, w * PATCH)
+        video = torch.empty(shape, dtype=torch.float32, device=patches.device)
+        video.view(*shape[:3], h, PATCH, w, PATCH).permute(0, 2, 3, 5, 4, 6, 1).copy_(patches)
+        return video

@@ -8,7 +8,7 @@ modulation and gates are float32; linear layers and attention run in the module'
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,12 @@ class Operations:
             heads = rotate(heads, turns)
         return heads.to(x.dtype) if out is None else out.copy_(heads.view(out.shape))
 
+    def projected(
+        self, layer: Linear, x: Activations, norm: RmsNorm, num_heads: int, turns: Tensor, out: Tensor | None
+    ) -> Tensor:
+        """Queries or keys of rows: through a linear layer, and then what `heads` does."""
+        return self.heads(self.linear(layer, x), norm, num_heads, turns, out)
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
         """What queries read from the prompt, or from pictures.
 
@@ -165,17 +171,34 @@ class Operations:
             raise ValueError(f"repeats={repeats}: torch's attention takes every key once; give all of them")
         return attend(q, k, v)
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
+    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
         """[B, R, D] through two linear layers with a tanh-form GELU between them.
 
-        Memory: one [B, R, M]; the GELU works in place unless gradients are kept.
+        Args:
+            up: to the width M.
+            down: back.
+            x: rows.
+            hidden: a place for what lies between, [B, R, M] in the compute dtype.
+
+        Returns:
+            [B, R, D].
+
+        Memory: one [B, R, M] without such a place; the GELU works in place unless gradients are kept.
         """
-        hidden = up(x)
         if torch.is_grad_enabled():
-            hidden = functional.gelu(hidden, approximate="tanh")
-        else:
-            torch.ops.aten.gelu_(hidden, approximate="tanh")
-        return down(hidden)
+            return down(functional.gelu(up(x), approximate="tanh"))
+        hidden = self.into(up, x, hidden)
+        return down(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+
+    @staticmethod
+    def into(layer: Linear, x: Activations, out: Tensor | None) -> Tensor:
+        """[B, R, D] through a linear layer, without gradients: [B, R, M], or `out`, of that shape and contiguous."""
+        if out is None:
+            return layer(x)
+        if isinstance(layer, ScaledLinear):
+            return layer(x, out)
+        torch.addmm(layer.bias, cast("Tensor", x).flatten(0, 1), layer.weight.t(), out=out.flatten(0, 1))
+        return out
 
     def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:
         """The residual with a branch, times its gate, added to a window of it; in place unless gradients are kept.
@@ -265,13 +288,23 @@ class FusedOperations(Operations):
         tokens.rms_heads_(x, norm.weight, turns, norm.eps, out)
         return out
 
+    def projected(
+        self, layer: Linear, x: Activations, norm: RmsNorm, num_heads: int, turns: Tensor, out: Tensor | None
+    ) -> Tensor:
+        if out is None or out.dim() != 4 or not out.is_contiguous():
+            return super().projected(layer, x, norm, num_heads, turns, out)
+        self.linear(layer, x, out)
+        tokens.rms_heads_(out.flatten(2), norm.weight, turns, norm.eps, out)  # where they lie
+        return out
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
         return tokens.attend_counted(q, k, v, repeats)
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations) -> Tensor:
+    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
         if isinstance(up, ScaledLinear) or isinstance(x, ScaledRows):
-            return super().feed_forward(up, down, x)
-        return down(tokens.linear_gelu(x.flatten(0, 1), up.weight, up.bias)).view(x.shape)
+            return super().feed_forward(up, down, x, hidden)
+        place = None if hidden is None else hidden.flatten(0, 1)
+        return down(tokens.linear_gelu(x.flatten(0, 1), up.weight, up.bias, place)).view(x.shape)
 
     def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:
         tokens.add_gated_(window, branch, gate)

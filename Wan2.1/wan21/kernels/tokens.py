@@ -61,18 +61,22 @@ def add_gated_(x: Tensor, branch: Tensor, gate: Tensor | None) -> None:
     torch.ops.wan21.add_gated_(x, branch, gate)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """A linear layer and the tanh-form GELU of its sums, which on CUDA are not rounded in between.
 
     Args:
         x: [R, D].
         weight: [M, D].
         bias: [M].
+        out: where to write the result, [R, M], if it is to go somewhere.
 
     Returns:
-        [R, M].
+        [R, M], or `out`.
     """
-    return torch.ops.wan21.linear_gelu(x, weight, bias)
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    torch.ops.wan21.linear_gelu(out, x, weight, bias)
+    return out
 
 
 def attend_counted(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
@@ -151,16 +155,12 @@ def _add_gated_reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> None
         x.addcmul_(branch, gate)
 
 
-def _linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(functional.linear(x, weight, bias), approximate="tanh")
+def _linear_gelu_reference(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    torch.ops.aten.gelu_(torch.addmm(bias, x, weight.t(), out=out), approximate="tanh")
 
 
-def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)  # noqa: SLF001  # no public name
-
-
-def _linear_gelu_shape(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _linear_gelu_on_cuda(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)  # noqa: SLF001  # no public name
 
 
 def _modulate_on_cuda(
@@ -227,7 +227,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("rms_heads_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? turns, float eps) -> ()")
 _LIBRARY.define("add_gated_(Tensor(a!) x, Tensor branch, Tensor? gate) -> ()")
-_LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_LIBRARY.define("linear_gelu(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias) -> ()")
 _LIBRARY.define(
     "join_attention(Tensor(a!) result, Tensor(b!) joint_lse, Tensor out, Tensor lse, Tensor more, Tensor more_lse) "
     "-> ()"
@@ -237,7 +237,7 @@ for _name, _reference, _cuda, _shape in (
     ("modulate", _modulate_reference, _modulate_on_cuda, _modulate_shape),
     ("rms_heads_", _rms_heads_reference, _rms_heads_on_cuda, _nothing),
     ("add_gated_", _add_gated_reference, _add_gated_on_cuda, _nothing),
-    ("linear_gelu", _linear_gelu_reference, _linear_gelu_on_cuda, _linear_gelu_shape),
+    ("linear_gelu", _linear_gelu_reference, _linear_gelu_on_cuda, _nothing),
     ("join_attention", _join_attention_reference, _join_attention_on_cuda, _nothing),
     ("attend_counted", _attend_counted_reference, _attend_counted_on_cuda, _attend_counted_shape),
 ):

@@ -20,6 +20,7 @@ import torch
 
 from wan21.attention import AttentionWithLse
 from wan21.kernels import tokens
+from wan21.memory.slicing import ROWS_OF_A_TILE, TILES_AT_ONCE
 from wan21.parallel.exchange import Messages, exchange, in_one_memory
 from wan21.parallel.world import Group
 
@@ -28,11 +29,6 @@ FEWEST_GROUPS = 4
 
 MOST_AHEAD = 2
 """Messages that are under way or have arrived and not been read; each has a place of its own."""
-
-ROWS_OF_A_TILE = 128
-TILES_AT_ONCE = 132
-"""A kernel of attention takes so many queries of a head at a time, and so many of these at once: as on an H100. On
-other GPUs the groups are as good as any."""
 
 
 def heads_at_once(num_heads: int, num_rows: int) -> int:

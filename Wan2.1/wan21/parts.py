@@ -22,10 +22,13 @@ class InParts(nn.Module):
 
     PARTS: names of submodules and parameters by part, in the order of use. While a part is in use the next one may be
         entered, but not the one after it.
+    BESIDE: parts that are brought in beside the one before them: the use of one of the two is too short for the next
+        part to come meanwhile, or they are in use together.
     ALWAYS: names of small ones that are there always. Every other parameter lies in exactly one part.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+    BESIDE: ClassVar[frozenset[str]] = frozenset()
     ALWAYS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:

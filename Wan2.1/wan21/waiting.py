@@ -190,8 +190,8 @@ def _dit(dit: DitConfig, item: int) -> Streamed:
     dim, width = dit.dim, dit.image_dim
     square, norm = _linear(dim, dim, item), [dim * FP32]
     two = [*square, *square, *norm]
-    feed_forward = [*_linear(dim, dit.ffn_dim, item), *_linear(dit.ffn_dim, dim, item)]
-    block = [two, two, two * 2 if width else two, [*norm, *norm, *two], feed_forward]
+    feed_forward = [_linear(dim, dit.ffn_dim, item), _linear(dit.ffn_dim, dim, item)]
+    block = [two, two, two * 2 if width else two, [*norm, *norm, *two], *feed_forward]
     beside = () if dit.vace is None else dit.vace.layers
     blocks: list[Sequence[Sizes]] = []
     for layer in range(dit.num_layers):

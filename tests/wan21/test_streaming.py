@@ -44,6 +44,20 @@ class Layers(InParts):
             return x + self.shift
 
 
+class Beside(Layers):
+    """The last part lies beside the one before it, and is entered before that one is left."""
+
+    BESIDE = frozenset({"last"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.part("small"):
+            x = self.linear(x.bfloat16()).float()
+        with self.part("large"):
+            x = self.back(self.wide(x))
+            with self.part("last"):
+                return x + self.shift
+
+
 class Overlapping(Layers):
     """Enters its second part before it leaves the first."""
 
@@ -103,7 +117,7 @@ def all_bytes(num_blocks: int) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Layers, Overlapping])
+@pytest.mark.parametrize("kind", [Layers, Beside, Overlapping])
 @pytest.mark.parametrize("unit", ["block", "part"])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])
 def test_every_pass_equals_resident_blocks(num_blocks: int, unit: Unit, kind: type[InParts]) -> None:
@@ -145,6 +159,30 @@ def test_the_room_holds_the_largest_two_pieces_in_a_row_and_the_host_holds_all()
             run(blocks, 1)
         assert runtime.memory().allocated_peak_bytes - standing < 8192  # a few rows of activations
     assert runtime.host_buffer_bytes() >= all_bytes(6)
+
+
+def test_pieces_side_by_side_take_one_end_of_the_room_together() -> None:
+    small, large, last = (StreamPlan([block], "block").room_bytes for block in _blocks_of_one_part())
+    plan = StreamPlan(meta_blocks(6, Beside), "part")
+    assert [piece.parts for piece in plan.streamed[:3]] == [("small",), ("large",), ("last",)]
+    assert plan.room_bytes == small + large + last
+    assert plan.offsets[:3] == [0, small, small + large]
+
+
+def test_pieces_side_by_side_come_and_are_waited_for_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    runtime = CpuRuntime()
+    monkeypatch.setattr(runtime, "side_stream", lambda: _Stream(log))
+    (block, *_) = streamed(4, runtime, kind=Beside)
+    log.clear()
+    with block.part("small"):
+        assert log == [*["wait", "copy"] * 3, "hold"]
+    assert log[7:] == ["wait", "copy"]  # where it lay, the next block's first part
+    with block.part("large"):
+        assert log[9:] == ["hold"]
+        with block.part("last"):
+            assert log[10:] == ["hold"]
+    assert log[11:] == ["wait", "copy"] * 2
 
 
 def _blocks_of_one_part() -> list[InParts]:

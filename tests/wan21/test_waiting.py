@@ -116,7 +116,7 @@ def test_all_is_loaded_within_the_least_budget_and_none_smaller_is_let_through(
     ("strategy", "t5_cpu", "neediest", "gib", "elsewise"),
     [
         ("part", False, "t5", 2.66, "; with load_strategy=block 1.964 is enough"),
-        ("block", True, "dit", 1.964, "; with load_strategy=part 1.568 is enough"),
+        ("block", True, "dit", 1.964, "; with load_strategy=part 1.173 is enough"),
         ("block", False, "dit", 1.964, ""),
     ],
 )

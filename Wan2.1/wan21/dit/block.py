@@ -4,6 +4,7 @@ Letters: B videos, L tokens, S prompt tokens (and those of pictures), D model wi
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import ClassVar
 
 import torch
@@ -35,8 +36,11 @@ class Block(InParts):
             *("cross_attn.k_img", "cross_attn.v_img", "cross_attn.norm_k_img"),
         ),
         "cross": ("norm3", "cross_attn.q", "cross_attn.o", "cross_attn.norm_q"),
-        "feed_forward": ("ffn",),
+        "up": ("ffn.0",),
+        "down": ("ffn.2",),
     }
+    # The prompt's keys and values take 0.2 ms with 14B, and "cross" takes 2 to come; "down" comes while "up" is used.
+    BESIDE: ClassVar[frozenset[str]] = frozenset({"prompt", "down"})
     ALWAYS: ClassVar[tuple[str, ...]] = ("modulation",)
 
     def __init__(self, config: DitConfig, dtype: torch.dtype, operations: Operations) -> None:
@@ -88,10 +92,14 @@ class Block(InParts):
         size = chunk_rows(residual.shape, slicing.most_rows)
         residual = self.cross_attn(residual, self.norm3, context, size, self.part)
         modulation = Modulation(shift_ffn, 1 + scale_ffn, gate_ffn)
-        with self.part("feed_forward"):
-            for _, window in windows(residual, size, writes=True):
+        with self.part("up"), ExitStack() as later:
+            for number, (_, window) in enumerate(windows(residual, size, writes=True)):
                 x = self.operations.modulated(window, modulation, self.eps, self.dtype)
-                branch = self.ffn(x, lent(room, (*window.shape[:2], self.ffn_dim)))
+                hidden = self.ffn.widened(x, lent(room, (*window.shape[:2], self.ffn_dim)))
+                del x
+                if number == 0:
+                    later.enter_context(self.part("down"))
+                branch = self.ffn.narrowed(hidden)
                 residual = self.operations.add(residual, window, branch, modulation.gate)
-                del x, branch
+                del hidden, branch
         return residual

@@ -51,11 +51,11 @@ class Fp8Operations(FusedOperations):
         if not isinstance(layer, ScaledLinear):
             return super().linear(layer, x, out)
         rows = x if isinstance(x, ScaledRows) else fp8.quantize_rows(x)
-        if out is None or (rows.values.shape[0] == 1 and out.dim() == 4):
+        if out is None or (rows.values.shape[0] == 1 and out.dim() < 5):
             flat = None if out is None else out.view(rows.values.shape[1], -1)
             result = fp8.scaled_linear(rows, layer.scaled, layer.bias, flat)
             return result if out is None else out
         return out.copy_(fp8.scaled_linear(rows, layer.scaled, layer.bias).view(out.shape))  # not in one matrix
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
-        return self.linear(down, fp8.gelu(self.linear(up, x, hidden)))
+    def widened(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Activations:
+        return fp8.gelu(self.linear(layer, x, out))

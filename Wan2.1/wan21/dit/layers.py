@@ -246,10 +246,10 @@ class FeedForward(nn.Sequential):
         )
         self.operations = operations
 
-    def forward(self, x: Activations, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, L, D] to [B, L, D]; what lies between is written to `hidden`, [B, L, M], if there is such a place.
+    def widened(self, x: Activations, out: torch.Tensor | None = None) -> Activations:
+        """What lies between the two layers: [B, R, D] to [B, R, M], written to `out` if there is such a place."""
+        return self.operations.widened(cast("Linear", self[0]), x, out)
 
-        Memory: one [B, L, M] otherwise.
-        """
-        up, down = cast("Linear", self[0]), cast("Linear", self[2])
-        return self.operations.feed_forward(up, down, x, hidden)
+    def narrowed(self, hidden: Activations) -> torch.Tensor:
+        """[B, R, M] to [B, R, D]."""
+        return self.operations.linear(cast("Linear", self[2]), hidden)

@@ -171,24 +171,23 @@ class Operations:
             raise ValueError(f"repeats={repeats}: torch's attention takes every key once; give all of them")
         return attend(q, k, v)
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
-        """[B, R, D] through two linear layers with a tanh-form GELU between them.
+    def widened(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Activations:
+        """[B, R, D] through the first linear layer of the feed-forward, and a tanh-form GELU.
 
         Args:
-            up: to the width M.
-            down: back.
+            layer: to the width M.
             x: rows.
-            hidden: a place for what lies between, [B, R, M] in the compute dtype.
+            out: a place for the result, [B, R, M] in the compute dtype, contiguous.
 
         Returns:
-            [B, R, D].
+            [B, R, M], or `out`.
 
-        Memory: one [B, R, M] without such a place; the GELU works in place unless gradients are kept.
+        Memory: the GELU works in place unless gradients are kept.
         """
         if torch.is_grad_enabled():
-            return down(functional.gelu(up(x), approximate="tanh"))
-        hidden = self.into(up, x, hidden)
-        return down(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+            return functional.gelu(layer(x), approximate="tanh")
+        hidden: Tensor = torch.ops.aten.gelu_(self.into(layer, x, out), approximate="tanh")
+        return hidden
 
     @staticmethod
     def into(layer: Linear, x: Activations, out: Tensor | None) -> Tensor:
@@ -300,11 +299,11 @@ class FusedOperations(Operations):
     def read(self, q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
         return tokens.attend_counted(q, k, v, repeats)
 
-    def feed_forward(self, up: Linear, down: Linear, x: Activations, hidden: Tensor | None = None) -> Tensor:
-        if isinstance(up, ScaledLinear) or isinstance(x, ScaledRows):
-            return super().feed_forward(up, down, x, hidden)
-        place = None if hidden is None else hidden.flatten(0, 1)
-        return down(tokens.linear_gelu(x.flatten(0, 1), up.weight, up.bias, place)).view(x.shape)
+    def widened(self, layer: Linear, x: Activations, out: Tensor | None = None) -> Activations:
+        if isinstance(layer, ScaledLinear) or isinstance(x, ScaledRows):
+            return super().widened(layer, x, out)
+        place = None if out is None else out.flatten(0, 1)
+        return tokens.linear_gelu(x.flatten(0, 1), layer.weight, layer.bias, place).view(*x.shape[:2], -1)
 
     def add(self, residual: Residual, window: Tensor, branch: Tensor, gate: Tensor | None = None) -> Residual:
         tokens.add_gated_(window, branch, gate)

@@ -2,8 +2,9 @@
 
 What comes and goes together is a piece: a block, or a part of one. Each piece lies packed in one host buffer. On the
 device there is one room: pieces lie at its two ends in turn, and while one is computed with, the next arrives at the
-other end on a side stream. The room is as large as the largest two pieces in a row, and nothing else is allocated.
-The weights of the blocks are views of the room, for good.
+other end on a side stream. At an end lies one piece, or a stretch of pieces side by side that come one after the other.
+The room is as large as the largest two stretches in a row, and nothing else is allocated. The weights of the blocks are
+views of the room, for good.
 
 Promise: the same kernels on the same bits, so results are equal to those with all blocks on the device.
 """
@@ -37,11 +38,13 @@ class Piece:
     block: which one they belong to.
     parts: of the block, in the order of use; none for what is there always.
     packing: of their parameters.
+    is_beside: whether it lies beside the piece before it.
     """
 
     block: int
     parts: tuple[str, ...]
     packing: Packing
+    is_beside: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -67,18 +70,24 @@ class StreamPlan:
         self.streamed = [piece for block in in_parts for piece in block if piece.block not in kept]
         always = [piece for block in pieces for piece in block if not piece.parts]
         self.resident = always + [piece for block in in_parts for piece in block if piece.block in kept]
-        sizes = [piece.num_bytes for piece in self.streamed]
+        stretches: list[list[Piece]] = []
+        for piece in self.streamed:
+            stretches = [*stretches[:-1], [*stretches[-1], piece]] if piece.is_beside else [*stretches, [piece]]
+        sizes = [sum(piece.num_bytes for piece in stretch) for stretch in stretches]
         in_turn = [*sizes, sizes[0]] if len(sizes) % 2 == 0 and sizes else sizes  # an odd number ends where it begins
         self.room_bytes = max([*sizes, *(one + other for one, other in pairwise(in_turn))], default=0)
+        ends = [0 if number % 2 == 0 else self.room_bytes - size for number, size in enumerate(sizes)]
+        self.offsets = [
+            start + sum(piece.num_bytes for piece in stretch[:number])
+            for start, stretch in zip(ends, stretches, strict=True)
+            for number in range(len(stretch))
+        ]
+        """Where in the room each streamed piece lies."""
 
     @property
     def device_bytes(self) -> int:
         """What all blocks together take on the device."""
         return self.room_bytes + sum(piece.num_bytes for piece in self.resident)
-
-    def offset(self, index: int) -> int:
-        """Where in the room the streamed piece of this index lies: at its ends in turn."""
-        return 0 if index % 2 == 0 else self.room_bytes - self.streamed[index].num_bytes
 
 
 def _pieces(index: int, block: InParts, unit: Unit, num_shares: int) -> list[Piece]:
@@ -87,7 +96,10 @@ def _pieces(index: int, block: InParts, unit: Unit, num_shares: int) -> list[Pie
     always = by_part.pop("", {})
     pieces = [Piece(index, (), Packing(always))] if always else []
     if unit == "part":
-        return pieces + [Piece(index, (part,), Packing(parameters, num_shares)) for part, parameters in by_part.items()]
+        return pieces + [
+            Piece(index, (part,), Packing(parameters, num_shares), is_beside=part in block.BESIDE and number > 0)
+            for number, (part, parameters) in enumerate(by_part.items())
+        ]
     everything = {name: parameter for parameters in by_part.values() for name, parameter in parameters.items()}
     return [*pieces, Piece(index, tuple(by_part), Packing(everything, num_shares))]
 
@@ -124,7 +136,7 @@ def stream(
     entries: dict[int, dict[str, tuple[int, bool]]] = {index: {} for index in range(len(blocks))}
     views: dict[tuple[object, ...], Mapping[str, torch.Tensor]] = {}  # most pieces are like the one before the last
     for index, piece in enumerate(plan.streamed):
-        place = (plan.offset(index), *piece.packing.layout)
+        place = (plan.offsets[index], *piece.packing.layout)
         if place not in views:
             views[place] = piece.packing.views(conveyor.places[index])
         for name, view in views[place].items():
@@ -198,12 +210,12 @@ class _Conveyor:
 
     def __init__(self, plan: StreamPlan, waiting: Sequence[Waiting | ReadAhead], runtime: Runtime) -> None:
         room = torch.empty(plan.room_bytes, dtype=torch.uint8, device=runtime.device)
-        self._spans = [(plan.offset(i), plan.offset(i) + piece.num_bytes) for i, piece in enumerate(plan.streamed)]
+        starts = plan.offsets
+        self._spans = [(at, at + piece.num_bytes) for at, piece in zip(starts, plan.streamed, strict=True)]
         self.places = [room[start:stop] for start, stop in self._spans]
         self._waiting = waiting
         self._stream = runtime.side_stream()
-        self._holds: list[int | None] = [None, None]  # the piece at each end of the room
-        self._ready: list[Mark | None] = [None, None]
+        self._ready: dict[int, Mark] = {}  # the pieces that lie in the room, and when they have arrived
         self._open: list[int] = []
         self._next = 0  # the turn that begins next
         self._brought = 0  # turns before this one have been brought
@@ -217,9 +229,7 @@ class _Conveyor:
             self._start_over(index)
         self._open.append(self._next)
         self._next += 1
-        ready = self._ready[index % 2]
-        if ready is not None:
-            ready.hold_current()
+        self._ready[index].hold_current()
 
     def end(self, index: int) -> None:
         """All calls that use the piece of this index have been made."""
@@ -230,25 +240,27 @@ class _Conveyor:
         """From this piece on, as in the first pass, or when the one before was given up."""
         self._open.clear()
         self._next = self._brought = index
-        self._holds = [None, None]
+        self._ready.clear()
         self._bring()
 
     def _bring(self) -> None:
         while self._has_place(self._brought):
-            index, end = self._brought % len(self.places), self._brought % len(self.places) % 2
-            if self._holds[end] != index:
+            index = self._brought % len(self.places)
+            if index not in self._ready:
                 self._stream.wait(self._stream.mark_current())  # what used this place before is over then
                 with self._stream.context():
                     self._waiting[index].bring(self.places[index])
                 mark = self._stream.mark()
                 self._waiting[index].brought(mark)
-                self._holds[end], self._ready[end] = index, mark
+                self._ready = {other: ready for other, ready in self._ready.items() if self._are_apart(index, other)}
+                self._ready[index] = mark
             self._brought += 1
 
     def _has_place(self, turn: int) -> bool:
-        start, stop = self._spans[turn % len(self.places)]
         unfinished = (*self._open, *range(self._next, self._brought))
-        return all(
-            stop <= other_start or other_stop <= start
-            for other_start, other_stop in (self._spans[other % len(self.places)] for other in unfinished)
-        )
+        return all(self._are_apart(turn, other) for other in unfinished)
+
+    def _are_apart(self, one: int, other: int) -> bool:
+        """Whether the pieces of two turns lie in different places."""
+        (start, stop), (other_start, other_stop) = (self._spans[turn % len(self.places)] for turn in (one, other))
+        return stop <= other_start or other_stop <= start

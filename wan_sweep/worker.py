@@ -393,9 +393,10 @@ def exchanged_by(traces: Sequence[Path]) -> dict[str, float]:
 def estimate(folder: Path, assignment: dict[str, Any], events: TextIO, _: Place) -> dict[str, Any]:
     """The pass that takes the measuring one's place where no GPU is needed: the same numbers from a model.
 
-    One process goes through all ranks, and leaves the files of each.
+    This process and forks of it go through all ranks, and leave the files of each.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch comes: it would start a context that nobody uses
+    from wan_sweep.environment import num_cpu_cores
     from wan_sweep.estimate.job import estimate_job
 
     with ExitStack() as stack:
@@ -408,7 +409,7 @@ def estimate(folder: Path, assignment: dict[str, Any], events: TextIO, _: Place)
             # Line by line: the copy that another rank of the same kind gets is to have all of them.
             return EventFile(stack.enter_context((home / ESTIMATE.events).open("a", buffering=1)))
 
-        return estimate_job(folder, Job.from_dict(assignment["knobs"]), sink_of)
+        return estimate_job(folder, Job.from_dict(assignment["knobs"]), sink_of, num_processes=num_cpu_cores())
 
 
 RUN: dict[str, Callable[[Path, dict[str, Any], TextIO, Place], dict[str, Any]]] = {

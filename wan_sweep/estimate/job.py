@@ -14,16 +14,17 @@ from wan_sweep.store import ATTRIBUTION, ESTIMATE, rank_folder, write_json
 ATTRIBUTION_VERSION = 1
 
 
-def estimate_job(folder: Path, job: Job, sink_of: SinkOf) -> dict[str, Any]:
+def estimate_job(folder: Path, job: Job, sink_of: SinkOf, *, num_processes: int = 1) -> dict[str, Any]:
     """Estimates a resolved job for its card, with the allocator's settings of this process's environment.
 
-    Leaves attribution.json in the folder of each rank: who fills the card at each peak needs no extra run.
+    Leaves attribution.json in the folder of each rank: who fills the card at each peak needs no extra run. Of several
+    ranks so many at the most are gone through at a time, as `estimate_ranks` says.
 
     Raises:
         UsageError: the job's card is not known.
     """
     settings, unknown = settings_of(os.environ)
-    result = estimate_ranks(job, card_named(str(job.card)), settings, sink_of)
+    result = estimate_ranks(job, card_named(str(job.card)), settings, sink_of, num_processes=num_processes)
     peaks = result.pop("peaks")
     for rank, peaks_of_rank in result.pop("peaks_by_rank", {"0": peaks}).items():
         home = rank_folder(folder, int(rank))

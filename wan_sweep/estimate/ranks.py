@@ -1,4 +1,4 @@
-"""A job of several ranks: one of each kind is gone through, one after the other, and the rest are like these.
+"""A job of several ranks: one of each kind is gone through, as many at a time as asked, and the rest are like these.
 
 What can tell ranks apart is listed in `_kind`. Ranks of one kind ask for the same bytes. Where each holds another share
 of the weights, those between the first and the last draw other pieces of them while they load, so where tensors lie may
@@ -6,7 +6,8 @@ differ among them, and by that their allocated and reserved memory, by a segment
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from wan_sweep.build import build_options, build_request, build_spec
 from wan_sweep.cards import Card
 from wan_sweep.estimate.dry_run import SILENT_SINK
 from wan_sweep.estimate.predict import DEFAULT_SETTINGS, estimate
+from wan_sweep.estimate.processes import shared_out
 from wan_sweep.headline import PEAK_RANK, told_together
 from wan_sweep.measure.recorder import Sink
 from wan_sweep.schema import Job
@@ -34,7 +36,12 @@ MADE_BEFORE_COLLECTING = 50_000
 
 
 def estimate_ranks(
-    job: Job, card: Card, settings: Settings = DEFAULT_SETTINGS, sink_of: SinkOf = lambda _: SILENT_SINK
+    job: Job,
+    card: Card,
+    settings: Settings = DEFAULT_SETTINGS,
+    sink_of: SinkOf = lambda _: SILENT_SINK,
+    *,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """What `estimate` tells, of all ranks of a job together.
 
@@ -42,7 +49,9 @@ def estimate_ranks(
         job: resolved.
         card: on which each rank runs, on one of its own.
         settings: of torch's allocator there.
-        sink_of: gets the events of the ranks that are gone through.
+        sink_of: gets the events of the ranks that are gone through; asked in the process that goes through the rank.
+        num_processes: so many at the most go through ranks, this one among them. More than one may only be asked for
+            where no other thread runs.
 
     Returns:
         As `estimate` does; of several ranks with the largest numbers of all, as a measured job has them, `ranks` with
@@ -50,9 +59,14 @@ def estimate_ranks(
         those of each. In `estimate`, `gone_through` tells for each rank which one's numbers it has, and `confidence` is
         for each phase that of the rank with the highest peak.
     """
+    started = time.perf_counter()
     like = ranks_gone_through(job)
+
+    def tell(ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
+        return {rank: estimate(job, card, settings, sink_of(rank), rank=rank) for rank in ranks}
+
     with seldom_collecting():
-        told = {rank: estimate(job, card, settings, sink_of(rank), rank=rank) for rank in sorted(set(like.values()))}
+        told = shared_out(tell, sorted(set(like.values())), num_processes)
     if len(like) == 1:
         return {**told[0], "ranks": [{"rank": 0, "metrics": told[0]["metrics"], "series": told[0]["series"]}]}
     by_rank = {rank: told[other] for rank, other in like.items()}
@@ -68,7 +82,7 @@ def estimate_ranks(
             **told[0]["estimate"],
             "confidence": _confidence(told),
             "gone_through": {str(rank): other for rank, other in like.items()},
-            "seconds": sum(one["estimate"]["seconds"] for one in told.values()),
+            "seconds": time.perf_counter() - started,
         },
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wan_sweep.allocator import settings_of
 from wan_sweep.cards import card_named
+from wan_sweep.environment import num_cpu_cores
 from wan_sweep.schema import Job
 from wan_sweep.store import JOB_FILE, read_json, write_json
 
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
 
     folder, card = Path(arguments[0]), card_named(arguments[1])
     settings, _ = settings_of(os.environ)
-    result = estimate_ranks(Job.from_dict(read_json(folder / JOB_FILE)["knobs"]), card, settings)
+    job = Job.from_dict(read_json(folder / JOB_FILE)["knobs"])
+    result = estimate_ranks(job, card, settings, num_processes=num_cpu_cores())
     write_json(folder / ESTIMATE_FILE, result)
     return EXIT_CODES[result["outcome"]]
 

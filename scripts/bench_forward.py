@@ -5,12 +5,12 @@ brings, and which kernels the time goes to. Weights and inputs are random.
 
     python scripts/bench_forward.py                                    # t2v-1.3B at 832*480, on a GPU
     python scripts/bench_forward.py --model t2v-14B --size '1280*720' --repeats 2
-    python scripts/bench_forward.py --only fused fused_fa3
+    python scripts/bench_forward.py --only fused_fa3_pieces fused_fa3_streamed --rows 5632 9856
     python scripts/bench_forward.py --model tiny --device cpu --only torch                # to try it
 
 A forward is half of what the two passes take: the median of the repeats, timed by the host around work that has ended.
 The columns behind it are the GPU's seconds a forward in each kind of kernel, from one more pair under torch's profiler;
-idle is what is left of that pair's time.
+idle is what is left of that pair's time. Copies of streamed weights run beside kernels, and count by themselves.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from wan_sweep.report.markdown import table
 
 ALL_ROWS = 2**20
 BF16 = Options(precision="bf16", rows_at_once=ALL_ROWS)
+PIECES = replace(BF16, kernels="fused", attention_kernel="fa3", attention_slices="auto", rows_at_once=None)
 WAYS: Mapping[str, Options] = {
     "torch": BF16,
     "fused": replace(BF16, kernels="fused"),
@@ -49,9 +50,12 @@ WAYS: Mapping[str, Options] = {
     "fused_fa3": replace(BF16, kernels="fused", attention_kernel="fa3"),
     "fused_fa3_shared": replace(BF16, kernels="fused", attention_kernel="fa3", share_first_attention=True),
     "fused_chunks": replace(BF16, kernels="fused", rows_at_once=None),
+    "fused_fa3_pieces": PIECES,
+    "fused_fa3_streamed": replace(PIECES, load_strategy="part"),
     "fp8": replace(BF16, kernels="fused", attention_kernel="fa3_fp8", linear_format="fp8", share_first_attention=True),
 }
 KINDS = (
+    ("copies", re.compile(r"^memcpy", re.IGNORECASE)),
     ("attention", re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)),
     ("prompt", re.compile(r"^_attend")),
     ("products", re.compile(r"gemm|nvjet|cutlass|xmma|matmul", re.IGNORECASE)),
@@ -78,8 +82,10 @@ def step(spec: ModelSpec, options: Options, request: Request, runtime: Runtime) 
         for length in PROMPT_TOKENS
     ]
     latents = torch.randn(1, config.in_dim, *shape.latent, generator=generator, device=device)
-    conditioned, unconditioned = (model.embed_text([prompt]) for prompt in prompts)
-    turns, when = model.rotations(shape.grid, device), model.embed_time(700, device)
+    with dit.with_parked():
+        conditioned, unconditioned = (model.embed_text([prompt]) for prompt in prompts)
+        when = model.embed_time(700, device)
+    turns = model.rotations(shape.grid, device)
     sizes = (turns.shape[0], config, model.dtype.itemsize)
     plan = ForwardPlan(
         most_queries=choose_queries(options.attention_slices, *sizes),
@@ -118,7 +124,7 @@ def by_kind(run: Callable[[], object], runtime: Runtime) -> dict[str, float]:
     for event in recorded.events() or ():
         if event.device_type == DeviceType.CUDA:
             spent[kind_of(event.name)] += event.device_time / 2e6  # of two forwards, in microseconds
-    return {**spent, "idle": total / 2 - sum(spent.values())}
+    return {**spent, "idle": total / 2 - sum(spent.values()) + spent["copies"]}
 
 
 def main() -> None:
@@ -130,15 +136,22 @@ def main() -> None:
     flags.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where")
     flags.add_argument("--repeats", type=int, default=3, help="pairs of forwards that are timed")
     flags.add_argument("--only", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="which ways")
+    flags.add_argument("--rows", nargs="+", type=int, help="rows at once, of ways that leave it open; each is tried")
     chosen = flags.parse_args()
     spec, runtime = model_spec(chosen.model), make_runtime(chosen.device)
     request = make_request(spec, seed=0, size=chosen.size, frame_num=chosen.frame_num)
     runtime.warm_up()
-    kinds = ("attention", "prompt", "products", "between", "other", "idle")
+    kinds = ("attention", "prompt", "products", "between", "other", "copies", "idle")
+    ways: dict[str, Options] = {}
+    for name in chosen.only:
+        is_open = WAYS[name].rows_at_once is None
+        for rows_at_once in (chosen.rows or [None]) if is_open else [WAYS[name].rows_at_once]:
+            label = f"{name}, {rows_at_once} rows" if is_open and rows_at_once else name
+            ways[label] = replace(WAYS[name], rows_at_once=rows_at_once)
     rows = []
     with torch.no_grad():
-        for name in chosen.only:
-            run = step(spec, WAYS[name], request, runtime)
+        for name, options in ways.items():
+            run = step(spec, options, request, runtime)
             timed(run, runtime, 1)  # compiles, and fills the allocator
             times = [one / 2 for one in timed(run, runtime, chosen.repeats)]
             spent = by_kind(run, runtime) if chosen.device == "cuda" else {}

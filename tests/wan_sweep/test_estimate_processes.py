@@ -50,9 +50,10 @@ def test_no_fork_outlives_a_failure_here() -> None:
         time.sleep(600)
         return dict.fromkeys(numbers, 0)
 
+    before = set(psutil.Process().children())
     with pytest.raises(ValueError, match="no such card"):
         shared_out(wait_elsewhere, range(4), 4)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 ESTIMATE = """

@@ -7,6 +7,7 @@ arithmetic, and this says what is true. Weights and latents are random.
     python scripts/bench_tiles.py --size '1280*720' --tiles 1x1 1x3 2x2 1x4 1x5
     python scripts/bench_tiles.py --model tiny --size 96*64 --frame_num 9 --device cpu --kernels torch --tiles 1x1 1x2
 
+First is the first decoding in a shape, which looks for cuDNN's kernels and fills the allocator, as one in a job does.
 Seconds are the median of the repeats, by the host, around work that has ended; busy is how long kernels and copies ran
 in one more decoding under torch's profiler. Cost and work are those of `Budget` beside the first shape's, peaks those
 of the allocator with the weights, and the last column counts pixels that differ from the first shape's.
@@ -35,7 +36,19 @@ from wan_sweep.report.cells import Column
 from wan_sweep.report.markdown import table
 from wan_sweep.units import GIB
 
-TITLES = ("tiles", "seconds", "least", "most", "busy", "cost", "work", "allocated GiB", "reserved GiB", "other pixels")
+TITLES = (
+    "tiles",
+    "first",
+    "seconds",
+    "least",
+    "most",
+    "busy",
+    "cost",
+    "work",
+    "allocated GiB",
+    "reserved GiB",
+    "other pixels",
+)
 
 
 def timed(vae: Vae, latents: torch.Tensor, plan: DecodePlan, runtime: Runtime) -> tuple[float, torch.Tensor]:
@@ -87,14 +100,14 @@ def main() -> None:
             plan = DecodePlan(num_tile_rows=num_rows, num_tile_cols=num_cols)
             runtime.empty_cache()
             runtime.reset_memory_peaks()
-            _, video = timed(vae, latents, plan, runtime)  # looks for cuDNN's kernels, and fills the allocator
+            first_seconds, video = timed(vae, latents, plan, runtime)
             memory = runtime.memory()
             first = first or (plan, video)
             seconds = [timed(vae, latents, plan, runtime)[0] for _ in range(chosen.repeats)]
             busy = busy_seconds(vae, latents, plan, runtime) if chosen.device == "cuda" else 0.0
             ratios = (of(plan) / of(first[0]) for of in (budget.cost, budget.work))
             peaks = (memory.allocated_peak_bytes / GIB, memory.reserved_peak_bytes / GIB)
-            numbers = (median(seconds), min(seconds), max(seconds), busy, *ratios, *peaks)
+            numbers = (first_seconds, median(seconds), min(seconds), max(seconds), busy, *ratios, *peaks)
             rows.append([tiles, *(f"{number:.3f}" for number in numbers), str(int((video != first[1]).sum()))])
             print(" ".join(rows[-1]), flush=True)
     facts = f"torch {torch.__version__}, {runtime.facts()}"

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from wan_sweep.launch.parent import die_with_parent
+from wan_sweep.parent import die_with_parent
 from wan_sweep.store import write_json
 
 EXIT_FAILED = 1

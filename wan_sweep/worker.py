@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from wan_sweep.environment import device_used_bytes
 from wan_sweep.errors import RecordError
 from wan_sweep.extension import extend, extension_warnings
-from wan_sweep.launch.parent import die_with_parent
 from wan_sweep.measure.failure import explain
 from wan_sweep.measure.fidelity import digests, write_outputs
 from wan_sweep.nvml import ProcessMemory
+from wan_sweep.parent import die_with_parent
 from wan_sweep.place import ALONE, Place, read_place
 from wan_sweep.schema import Job
 from wan_sweep.store import (

@@ -18,6 +18,13 @@ from wan21.options import FA3_KERNELS, AttentionKernel
 Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From q [B, Lq, N, K], k and v [B, Lk, N, K] of one dtype to softmax(q k^T / sqrt(K)) v, [B, Lq, N * K]."""
 
+ROWS_OF_A_TILE = 128
+"""A kernel takes so many queries of a head at a time, as products take rows."""
+
+TILES_AT_ONCE = 132
+"""It works on so many of these at once, one on each multiprocessor: as on an H100. For other GPUs what is cut to fit is
+as good as anything else."""
+
 AttentionWithLse: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """The same as [B, Lq, N, K], and the log of the softmax's denominator, [B, Lq, N, 1], float32."""
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from wan21.memory.slicing import ROWS_OF_A_TILE, TEMPORARY_BYTES, TILES_AT_ONCE, choose_queries, choose_rows
+from wan21.attention import ROWS_OF_A_TILE, TILES_AT_ONCE
+from wan21.memory.slicing import TEMPORARY_BYTES, choose_queries, choose_rows
 from wan21.models import DitConfig, model_spec
 
 SMALL, LARGE = model_spec("t2v-1.3B").dit, model_spec("t2v-14B").dit

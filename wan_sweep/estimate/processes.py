@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from wan_sweep.launch.parent import die_with_parent
+from wan_sweep.parent import die_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -3,18 +3,12 @@
 import math
 from typing import Literal
 
+from wan21.attention import ROWS_OF_A_TILE, TILES_AT_ONCE
 from wan21.memory.hosted import NUM_SLOTS
 from wan21.models import DitConfig
 
 TEMPORARY_BYTES = 3 * 2**26
 """What the temporaries of a piece shall take: a tenth of what stands beside them, the residual, keys and values."""
-
-ROWS_OF_A_TILE = 128
-"""In attention, and in matrix products."""
-
-TILES_AT_ONCE = 132
-"""So many tiles a GPU works on at a time, one on each multiprocessor: as on an H100. On others these pieces are as good
-as any."""
 
 
 def choose_queries(asked: int | Literal["auto"], num_tokens: int, config: DitConfig, itemsize: int) -> int:

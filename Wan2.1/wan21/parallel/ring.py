@@ -18,9 +18,8 @@ from collections.abc import Sequence
 
 import torch
 
-from wan21.attention import AttentionWithLse
+from wan21.attention import ROWS_OF_A_TILE, TILES_AT_ONCE, AttentionWithLse
 from wan21.kernels import tokens
-from wan21.memory.slicing import ROWS_OF_A_TILE, TILES_AT_ONCE
 from wan21.parallel.exchange import Messages, exchange, in_one_memory
 from wan21.parallel.world import Group
 
